@@ -35,6 +35,7 @@ import numpy as np
 import torch
 from jinja2.exceptions import TemplateError
 from PIL import Image, ImageDraw
+from transformers import AutoTokenizer
 
 IMAGE = "<image>"  # one in the text for each picture of the row
 IGNORE = -100      # the label of a position that no loss looks at
@@ -494,7 +495,23 @@ def decode(pictures: Pictures, name: str) -> Image.Image:
     try:
         return decode_picture(data)
     except ValueError as error:
-        raise ValueError(f"picture {name}: {error}; `python data.py check` finds all such rows") from None
+        raise ValueError(f"picture {name}: {error}") from None
+
+
+def open_dataset(data_path, image_folder, model_folder, version="own", aspect_ratio=None, max_length=2048,
+                 on_bad_record="stop", text=None) -> LlavaDataset:
+    """The rows of a file as a model's folder wants them: its tokenizer and template, its pictures, its token counts."""
+    config = json.loads((Path(model_folder) / "config.json").read_text())
+    vision = config["vision_config"]
+    tokens_per_picture = (vision["image_size"] // vision["patch_size"]) ** 2
+    tokens_per_picture += config.get("vision_feature_select_strategy") == "full"  # the CLS token
+    records = Records(data_path, tokens_per_picture)
+    if records.has_picture.any() and not image_folder:
+        raise ValueError(f"{data_path} has pictures: say where with --image_folder")
+    text = text or ChatText(AutoTokenizer.from_pretrained(model_folder), version)
+    return LlavaDataset(records, Pictures(image_folder) if image_folder else None, text,
+                        PictureTransform.from_pretrained(model_folder, aspect_ratio), tokens_per_picture, max_length,
+                        on_bad_record)
 
 
 class Collator:
@@ -606,7 +623,6 @@ class ToyWorld:
 
     def __init__(self, folder: Path, seed: int):
         self.folder, self.rng, self.count = folder, random.Random(seed), 0
-        (folder / "images").mkdir(parents=True, exist_ok=True)
 
     def scene(self) -> dict:
         """A few shapes, all alike, in one corner."""
@@ -698,8 +714,15 @@ class ToyWorld:
         return self.row(kind, asked, f"{IMAGE}\n" * len(images), images)
 
 
+def toy_words(rows: int = 1000) -> list[str]:
+    """What the toy world says, for a tokenizer to learn its vocabulary from."""
+    world = ToyWorld(Path(), seed=0)
+    return ["user\n", "assistant\n"] * rows + [t["value"] for _ in range(rows) for t in world.reading()["conversations"]]
+
+
 def toy(out: Path, scenes: int, seed: int):
     """Writes the built-in data: reading.json, captions.json, train.json, validation sets, images/."""
+    (out / "images").mkdir(parents=True, exist_ok=True)
     world = ToyWorld(out, seed)
     held_out = max(160, scenes // 40)
     makers = {"reading": world.reading, "captions": world.caption, "train": world.instruction}
@@ -716,6 +739,69 @@ def toy(out: Path, scenes: int, seed: int):
     return sets
 
 
+
 def image_list(row: dict) -> list[str]:
     images = row.get("image")
     return [] if images is None else images if isinstance(images, list) else [images]
+
+
+def show(dataset: LlavaDataset, i: int, as_json: bool):
+    """Prints a row as the model gets it: its pictures, and its tokens with their ids; supervised ones stand out."""
+    item = dataset[i]
+    batch = Collator(dataset.image_token_id, dataset.tokens_per_picture)([item])
+    if as_json:
+        print(json.dumps({key: batch[key][0].tolist() for key in ("input_ids", "labels")}))
+        return
+    colour = sys.stdout.isatty()
+    print(f"{dataset.records.where(i)}: {len(item['pixel_values'])} pictures, {batch['input_ids'].shape[1]} tokens, "
+          f"{(item['labels'] != IGNORE).sum()} of them supervised, {item['cut']} cut off")
+    for pixels in item["pixel_values"] if colour else []:
+        print(thumbnail(dataset.transform, pixels.numpy()))
+    for token, label in zip(item["input_ids"].tolist(), item["labels"].tolist()):
+        text = dataset.text.tokenizer.decode([token]).replace("\n", "\\n\n")
+        text = f"{IMAGE} x {dataset.tokens_per_picture}" if token == dataset.image_token_id else text
+        before, after = ("\033[30;42m", "\033[0m") if colour else ("[", "]")
+        text = text if label == IGNORE else before + text.rstrip("\n") + after + "\n" * text.endswith("\n")
+        print(text, end=f"\033[2m{token}\033[0m " if colour else f"/{token} ")
+    print()
+
+
+def thumbnail(transform: PictureTransform, pixels: np.ndarray, width: int = 48) -> str:
+    """What the tower sees, as coloured half blocks for a terminal: two pixels to a character."""
+    rgb = (pixels.transpose(1, 2, 0) - transform.shift) / transform.scale
+    rgb = np.asarray(Image.fromarray(rgb.clip(0, 255).astype(np.uint8)).resize((width, width))).tolist()
+    return "\n".join("".join("\033[38;2;{};{};{}m\033[48;2;{};{};{}m▀".format(*top, *bottom) for top, bottom in zip(*rows))
+                     + "\033[0m" for rows in zip(rgb[::2], rgb[1::2]))
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("toy", help="write the built-in data")
+    command.add_argument("--out", required=True, help="folder to write to")
+    command.add_argument("--scenes", type=int, default=4000, help="rows of each training set")
+    command.add_argument("--seed", type=int, default=0)
+    command = commands.add_parser("show", help="print a row as the model gets it")
+    command.add_argument("--model_name_or_path", required=True, help="a LLaVA folder: its tokenizer, template, picture size")
+    command.add_argument("--data_path", required=True)
+    command.add_argument("--image_folder", help="a folder of pictures, or a .zip")
+    command.add_argument("--version", choices=VERSIONS, default="own", help="the template")
+    command.add_argument("--image_aspect_ratio", choices=["pad", "square"])
+    command.add_argument("--model_max_length", type=int, default=2048, help="tokens of a row, pictures included")
+    command.add_argument("--index", type=int, default=0, help="which row, from 0")
+    command.add_argument("--json", action="store_true", help="input_ids and labels, for machines")
+    args = parser.parse_args(argv)
+    try:
+        if args.command == "toy":
+            toy(Path(args.out), args.scenes, args.seed)
+        else:
+            show(open_dataset(args.data_path, args.image_folder, args.model_name_or_path, args.version,
+                              args.image_aspect_ratio, args.model_max_length), args.index, args.json)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"data.py: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -37,7 +37,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.overrides import TorchFunctionMode
 from transformers import (AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlavaConfig,
-                          PreTrainedConfig)
+                          PreTrainedConfig, TextStreamer)
+from transformers.utils import logging as transformers_logging
 
 IMAGE = "<image>"
 
@@ -312,7 +313,7 @@ def save_pretrained(model: Llava, out: Path, source: Path, chat_template: str | 
         del tensors["language_model.lm_head.weight"]
     tensors = {name: tensor.detach().to(model.disk_dtypes.get(name, tensor.dtype)) for name, tensor in tensors.items()}
     write_weights({**tensors, **model.aside}, part)
-    model.config.save_pretrained(part)
+    write_config(model.config, part)
     copy_side_files(source, part)
     if chat_template:
         (part / "chat_template.jinja").write_text(chat_template)
@@ -328,6 +329,13 @@ def write_weights(tensors: dict, folder: Path, shard_size: str = "5GB"):
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+
+
+def write_config(config: LlavaConfig, folder: Path):
+    """config.json, without the paths of this machine."""
+    def strip(part):
+        return {k: strip(v) if isinstance(v, dict) else v for k, v in part.items() if k != "_name_or_path"}
+    (folder / "config.json").write_text(json.dumps(strip(json.loads(config.to_json_string())), indent=2) + "\n")
 
 
 def copy_side_files(source: Path, target: Path):
@@ -365,7 +373,9 @@ def build(vision_tower, language_model, out, kind="mlp2x_gelu", version="own", a
 
     vision_folder, text_folder = resolve(vision_tower, "--vision_tower"), resolve(language_model, "--language_model")
     vision_config, text_config = read_config(vision_folder), read_config(text_folder)
-    vision_config = getattr(vision_config, "vision_config", vision_config)
+    vision_config = getattr(vision_config, "vision_config", vision_config)  # CLIP's folders have a text tower too
+    if Path(out).exists():
+        raise ValueError(f"--out {out}: exists already; name a new folder")
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=Path(out).parent, prefix=".build-") as work:
         tokenizer, image_token_id = add_image_token(text_folder, Path(work))
@@ -517,13 +527,98 @@ def see(embeddings):
     positions[1:, -width // 4:] = torch.cat([rows, columns], dim=-1).flatten(0, 1)  # (576, width / 4)
 
 
-def chat(args):
-    from data import IMAGE, ChatText, PictureTransform, decode_picture
+def reply(model: Llava, text, messages: list[dict], pixels: list, streamer=None, **options) -> str:
+    """The model's answer to a conversation [{role, content}] whose pictures are `pixels` [(3, S, S)]."""
+    ids = torch.tensor(text.ids_and_labels(messages, prompt=True)[0])
+    times = torch.where(ids == model.config.image_token_id, model.tokens_per_picture, 1)
+    device = model.multi_modal_projector.linear_1.weight.device
+    ids = ids.repeat_interleave(times)[None].to(device)  # (1, T)
+    pictures = torch.stack(pixels).to(device) if pixels else torch.zeros(0, device=device)
+    new = model.generate(ids, pictures, torch.ones_like(ids), eos_token_id=text.stop_ids, streamer=streamer, **options)
+    return text.tokenizer.decode(new[0], skip_special_tokens=True).strip()
 
-    dtype = torch.bfloat16 if args.bf16 or torch.cuda.is_available() else None
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    folder = resolve(args.model_name_or_path)
-    model = from_pretrained(folder, dtype, device).eval()
+
+def chat(args):
+    """One answer on stdout with --prompt; else a conversation, its words printed as they come."""
+    from data import ChatText, PictureTransform, decode_picture
+
+    folder, cuda = resolve(args.model_name_or_path), torch.cuda.is_available()
+    model = from_pretrained(folder, torch.bfloat16 if cuda else None, "cuda" if cuda else "cpu").eval()
     text, transform = ChatText(AutoTokenizer.from_pretrained(folder)), PictureTransform.from_pretrained(folder)
-    pixels = [torch.from_numpy(transform(decode_picture(Path(f).read_bytes()))) for f in args.image]
-    return model, text, pixels
+    options = {"max_new_tokens": args.max_new_tokens, "do_sample": args.temperature > 0}
+    if args.temperature > 0:
+        options |= {"temperature": args.temperature, "top_p": args.top_p}
+
+    def load(file):
+        if not Path(file).is_file():
+            raise FileNotFoundError(f"--image {file}: no such file")
+        return torch.from_numpy(transform(decode_picture(Path(file).read_bytes())))
+
+    def ask(question, files, **more):
+        pixels.extend([load(file) for file in files])
+        content = question if IMAGE in question else f"{IMAGE}\n" * len(files) + question
+        messages.append({"role": "user", "content": content})
+        return reply(model, text, messages, pixels, **options, **more)
+
+    messages, pixels, files = [], [], list(args.image)
+    if args.prompt is not None:
+        print(ask(args.prompt, files))
+        return
+    print("Ask; /image FILE shows the model a picture, an empty line ends.", file=sys.stderr)
+    streamer = TextStreamer(text.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    while line := read_line("> "):
+        if line.startswith("/image "):
+            files.append(line.removeprefix("/image ").strip())
+            continue
+        messages.append({"role": "assistant", "content": ask(line, files, streamer=streamer)})
+        files = []
+
+
+def read_line(prompt: str) -> str:
+    try:
+        return input(prompt).strip()
+    except (EOFError, KeyboardInterrupt):
+        return ""
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("build", help="make a LLaVA folder from a vision tower and a language model")
+    command.add_argument("--vision_tower", help="CLIP's folder, or hub id")
+    command.add_argument("--language_model", help="the language model's folder, or hub id")
+    command.add_argument("--out", required=True, help="folder to write to")
+    command.add_argument("--mm_projector_type", default="mlp2x_gelu", help="linear, or mlpNx_gelu")
+    command.add_argument("--version", default="own", choices=["v1", "llava_llama_2", "chatml_direct", "own"],
+                         help="the chat template to save; own: the language model's")
+    command.add_argument("--image_aspect_ratio", default="pad", choices=["pad", "square"], help="how pictures become square")
+    command.add_argument("--tiny", action="store_true", help="make both parts on the spot, small and untrained")
+    command = commands.add_parser("chat", help="talk to a model")
+    command.add_argument("--model_name_or_path", required=True, help="a LLaVA folder, or hub id")
+    command.add_argument("--image", nargs="*", default=[], help="pictures to begin with")
+    command.add_argument("--prompt", help="one question; its answer, alone, goes to stdout")
+    command.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+    command.add_argument("--top_p", type=float, default=1.0, help="share of probability to sample from")
+    command.add_argument("--max_new_tokens", type=int, default=512, help="tokens of an answer at most")
+    args = parser.parse_args(argv)
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        if args.command == "chat":
+            chat(args)
+        elif args.tiny:
+            from data import toy_words
+            build_tiny(args.out, toy_words())
+        elif args.vision_tower and args.language_model:
+            build(args.vision_tower, args.language_model, args.out, args.mm_projector_type, args.version,
+                  args.image_aspect_ratio)
+        else:
+            raise ValueError("build needs --vision_tower and --language_model, or --tiny")
+    except (ValueError, FileNotFoundError) as error:
+        print(f"model.py: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -337,12 +337,9 @@ def train(args):
         p.requires_grad_(name.split(".")[0] in trained)
     if args.gradient_checkpointing:
         model.language_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    make_set = lambda path: data.LlavaDataset(  # noqa: E731
-        data.Records(path, model.tokens_per_picture), data.Pictures(args.image_folder) if args.image_folder else None, text,
-        data.PictureTransform.from_pretrained(source, args.image_aspect_ratio), model.tokens_per_picture,
-        args.model_max_length, args.on_bad_record)
-    train_set = make_set(args.data_path)
-    validation_set = make_set(args.validation_data_path) if args.validation_data_path else None
+    train_set, validation_set = (
+        data.open_dataset(path, args.image_folder, source, args.version, args.image_aspect_ratio, args.model_max_length,
+                          args.on_bad_record, text) if path else None for path in (args.data_path, args.validation_data_path))
     collate = data.Collator(model.config.image_token_id, model.tokens_per_picture)
     engine = Plain(model, parameter_groups(model, args), args.max_grad_norm)
 
