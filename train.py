@@ -4,8 +4,8 @@
     freeze_vision   stage 2: projector and language model, on instructions
     full            the vision tower too
 
-    python train.py --model_name_or_path out/model --data_path captions.json --image_folder images \
-        --train_type projector --output_dir out/stage1
+    python train.py --model_name_or_path DIR --data_path F --image_folder DIR --output_dir DIR --train_type projector
+    python train.py --model_name_or_path DIR --validation_data_path F --image_folder DIR --eval_only
 
 What an optimizer step is:
 
@@ -20,16 +20,17 @@ Sources: the recipes of LLaVA-1.5 (github.com/haotian-liu/LLaVA, scripts/v1_5), 
 """
 
 import argparse
+import contextlib
 import json
 import math
 import os
-import random
+import resource
+import secrets
 import signal
 import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -65,8 +66,7 @@ def parameter_groups(model, args) -> list[dict]:
     groups = {}
     for name, p in model.named_parameters():
         if p.requires_grad:
-            key = name.split(".")[0], p.ndim > 1
-            groups.setdefault(key, []).append(p)
+            groups.setdefault((name.split(".")[0], p.ndim > 1), []).append(p)
     return [{"params": params, "lr": rates[part], "base_lr": rates[part], "name": part,
              "weight_decay": args.weight_decay if decay else 0.0} for (part, decay), params in groups.items()]
 
@@ -79,8 +79,8 @@ class Plain:
 
     rank, world = 0, 1
 
-    def __init__(self, model, groups: list[dict], max_grad_norm: float):
-        self.model, self.max_grad_norm = model, max_grad_norm
+    def __init__(self, model, groups: list[dict], args):
+        self.model, self.max_grad_norm, self.base_lr = model, args.max_grad_norm, groups[0]["base_lr"]
         self.params = [p for group in groups for p in group["params"]]
         self.masters = [p if p.dtype == torch.float32 else p.detach().float().requires_grad_() for p in self.params]
         master_of = {p: m for p, m in zip(self.params, self.masters)}
@@ -140,6 +140,73 @@ class Plain:
         self.publish()
 
 
+class ZeRO:
+    """Many processes, DeepSpeed's engine inside: what a process holds of gradients, masters and moments (stage 2), and of
+    the weights too (stage 3), is its share.
+    """
+
+    def __init__(self, model, groups: list[dict], args):
+        import deepspeed
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        self.model, self.base_lr, self.gather = model, groups[0]["base_lr"], safe_get_full_fp32_param
+        config = json.loads(Path(args.deepspeed).read_text())
+        for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps",
+                    "gradient_clipping", "optimizer", "scheduler"):
+            if key in config:
+                raise ValueError(f"--deepspeed {args.deepspeed}: {key} is set there; leave it to the flags of train.py")
+        config |= {"train_micro_batch_size_per_gpu": args.per_device_train_batch_size,
+                   "gradient_accumulation_steps": args.gradient_accumulation_steps,
+                   "gradient_clipping": args.max_grad_norm, "bf16": {"enabled": args.bf16}}
+        optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8)
+        self.engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+        self.rank, self.world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+    def forward(self, *inputs):
+        return self.engine(*inputs)
+
+    def backward(self, loss, last: bool):
+        """Where the accumulation ends is said by hand: the engine's own count knows nothing of windows."""
+        self.engine.set_gradient_accumulation_boundary(last)
+        self.engine.backward(loss, scale_wrt_gas=False)
+        if not last:
+            self.engine.step()
+
+    def all_reduce(self, *numbers):
+        total = torch.tensor(numbers, dtype=torch.float64, device=self.engine.device)
+        torch.distributed.all_reduce(total)
+        return total.tolist()
+
+    def step(self, factor: float) -> float:
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = group["base_lr"] * factor
+        self.engine.step()
+        return float(self.engine.get_global_grad_norm())
+
+    def state(self) -> dict:
+        """As `Plain.state`, gathered weight by weight; whole on rank 0, empty on the others. Frozen ones that stage 3 has
+        partitioned are gathered too.
+        """
+        import deepspeed
+
+        state = {}
+        for name, p in self.model.named_parameters():
+            if not p.requires_grad and not hasattr(p, "ds_id"):
+                continue
+            with deepspeed.zero.GatheredParameters([p], enabled=not p.requires_grad):
+                weight = self.gather(p) if p.requires_grad else p.data
+                if self.rank == 0:
+                    state[name] = weight.detach().to("cpu", copy=True)
+        return state
+
+    def save(self, folder: Path):
+        self.engine.save_checkpoint(str(folder), tag="state", exclude_frozen_parameters=True)
+
+    def load(self, folder: Path):
+        """DeepSpeed unpickles its own files: only checkpoints of this very run come here."""
+        self.engine.load_checkpoint(str(folder), tag="state", load_module_strict=False)
+
+
 # --- evaluation ---
 
 
@@ -157,6 +224,7 @@ def evaluate(model, dataset, collate, args, device) -> tuple[dict, list[dict]]:
     loss, right, tokens = 0.0, 0, 0
     loader = DataLoader(dataset, batch_size=args.per_device_eval_batch_size, collate_fn=collate)
     for batch in loader:
+        take_faults([batch], args)
         batch_loss, batch_right = model(*to_device(batch, device))
         loss, right = loss + batch_loss.item(), right + batch_right.item()
         tokens += (batch["labels"][:, 1:] != data.IGNORE).sum().item()
@@ -210,58 +278,65 @@ def answer(model, batch, dataset, collate, args, device) -> list[dict]:
     return answers
 
 
-# --- checkpoints ---
+# --- a run on disk ---
 
 # Flags that may differ between a run and its continuation: they change nothing that is learnt.
 FREE_FLAGS = {"resume_from_checkpoint", "dataloader_num_workers", "logging_steps", "save_steps", "save_total_limit",
-              "per_device_eval_batch_size", "local_rank", "report_to", "dry_run"}
+              "per_device_eval_batch_size", "local_rank"}
+
+
+def checkpoints(out: Path) -> list[Path]:
+    """The whole checkpoints in a run's folder, oldest first."""
+    return sorted(out.glob("checkpoint-*[0-9]"), key=lambda path: int(path.name.split("-")[1]))
 
 
 def open_run(args) -> tuple[str, Path | None]:
-    """The id of the run that lives in `output_dir`, and the checkpoint to go on from; ValueError if it is another's."""
+    """The id of the run in `output_dir` and the checkpoint to go on from; ValueError where another run lives there."""
     out, flags = Path(args.output_dir), {k: v for k, v in vars(args).items() if k not in FREE_FLAGS}
     if out.resolve() == Path(args.model_name_or_path).resolve():
         raise ValueError(f"--output_dir {out}: that is the source of the model; name a new folder")
     if not (out / "run.json").is_file():
-        if out.exists() and any(out.iterdir()):
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise ValueError(f"--output_dir {out}: not empty, and no run of this program; name a new folder")
-        return f"{random.SystemRandom().getrandbits(64):016x}", None
+        return secrets.token_hex(8), None
     run = json.loads((out / "run.json").read_text())
     if args.resume_from_checkpoint is None:
         raise ValueError(f"--output_dir {out} holds a run: go on with --resume_from_checkpoint latest, or name a new folder")
-    changed = [k for k, v in flags.items() if run["args"].get(k) != v]
-    if changed:
-        raise ValueError(f"--output_dir {out} holds a run with --{changed[0]} {run['args'].get(changed[0])}, not "
-                         f"{flags[changed[0]]}: give the same flags, or name a new folder")
+    for name, value in flags.items():
+        if run["args"].get(name) != value:
+            raise ValueError(f"--output_dir {out} holds a run with --{name} {run['args'].get(name)}, not {value}: "
+                             "give the same flags, or name a new folder")
     if args.resume_from_checkpoint == "latest":
-        found = sorted(out.glob("checkpoint-*[0-9]"), key=lambda path: int(path.name.split("-")[1]))
-        return run["id"], found[-1] if found else None
+        return run["id"], next(reversed(checkpoints(out)), None)
     return run["id"], Path(args.resume_from_checkpoint)
 
 
 def save_checkpoint(engine, out: Path, progress: dict, limit: int):
-    """Everything that a run needs to go on bit for bit, written aside and renamed; keeps the newest `limit`."""
+    """All that a run needs to go on bit for bit, written aside, then renamed; `limit` are kept."""
     target = out / f"checkpoint-{progress['step']}"
     part = target.with_suffix(".part")
     part.mkdir(exist_ok=True)
     engine.save(part)
-    torch.save({"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}, part / "rng.pt")
-    (part / "progress.json").write_text(json.dumps(progress))
-    llava.replace_folder(part, target)
-    older = sorted(out.glob("checkpoint-*[0-9]"), key=lambda path: int(path.name.split("-")[1]))
-    for path in older[:-limit] if limit > 0 else []:
-        llava.remove_folder(path)
+    torch.save({"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()},
+               part / f"rng-{engine.rank}.pt")
+    engine.all_reduce(0)  # every rank has written its share
+    if engine.rank == 0:
+        (part / "progress.json").write_text(json.dumps(progress))
+        llava.replace_folder(part, target)
+        for old in checkpoints(out)[:-limit] if limit > 0 else []:
+            llava.remove_folder(old)
+    engine.all_reduce(0)
 
 
 def load_checkpoint(engine, folder: Path, run_id: str) -> dict:
-    """Restores what `save_checkpoint` wrote and returns its progress."""
+    """Restores what `save_checkpoint` wrote, and returns its progress."""
     if not (folder / "progress.json").is_file():
         raise FileNotFoundError(f"--resume_from_checkpoint {folder}: no checkpoint there")
     progress = json.loads((folder / "progress.json").read_text())
     if progress["run"] != run_id:
-        raise ValueError(f"--resume_from_checkpoint {folder}: from another run")
+        raise ValueError(f"--resume_from_checkpoint {folder}: that is another run's; only its own can go on")
     engine.load(folder)
-    rng = torch.load(folder / "rng.pt", weights_only=True)
+    rng = torch.load(folder / f"rng-{engine.rank}.pt", weights_only=True)
     torch.set_rng_state(rng["cpu"])
     torch.cuda.set_rng_state_all(rng["cuda"])
     return progress
@@ -270,119 +345,252 @@ def load_checkpoint(engine, folder: Path, run_id: str) -> dict:
 class Log:
     """metrics.jsonl and predictions.jsonl. A run that goes on from `step` takes back the lines behind it."""
 
-    def __init__(self, out: Path, step: int):
-        self.out = out
-        for name in ("metrics.jsonl", "predictions.jsonl"):
-            lines = (out / name).read_text().splitlines() if (out / name).exists() else []
-            kept = [line for line in lines if json.loads(line)["step"] <= step]
-            (out / name).write_text("".join(line + "\n" for line in kept))
+    def __init__(self, out: Path, step: int, rank: int):
+        self.out, self.rank = out, rank
+        for path in (out / "metrics.jsonl", out / "predictions.jsonl") if rank == 0 else ():
+            lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+            path.write_text("".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step))
 
     def write(self, name: str, *rows: dict):
+        if self.rank > 0:
+            return
         with open(self.out / name, "a", encoding="utf-8") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-class FirstWindow:
-    """Proves, once, that what should train does: every trainable weight gets a finite gradient."""
+class StopRequest:
+    """SIGTERM, SIGINT and SIGUSR1, and a file `stop` in the output folder, ask the loop to save and end: no more."""
 
-    def __init__(self, model):
-        self.seen = {}
-        self.names = [name for name, p in model.named_parameters() if p.requires_grad]
-        self.hooks = [p.register_hook(lambda g, name=name: self.seen.__setitem__(
-            name, self.seen.get(name, True) & torch.isfinite(g).all())) for name, p in model.named_parameters() if p.requires_grad]
+    signals = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
-    def check(self):
-        for name in self.names:
-            if not self.seen.get(name, False):
-                raise ValueError(f"{name} trains, but got {'a gradient that is not finite' if name in self.seen else 'no gradient'}")
-        for hook in self.hooks:
-            hook.remove()
+    def __enter__(self):
+        self.signalled, self.file = False, None
+        self.before = [signal.signal(number, self._set) for number in self.signals]
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in zip(self.signals, self.before):
+            signal.signal(number, handler)
+
+    def _set(self, *_):
+        self.signalled = True
+
+    def watch(self, out: Path):
+        self.file = out / "stop"
+        self.file.unlink(missing_ok=True)  # an earlier run's
+
+    def __bool__(self):
+        return self.signalled or self.file.exists()
 
 
-# --- the loop ---
+# --- what people see ---
 
 
 def describe(model, args, steps_per_epoch: int, total_steps: int, rows: int, world: int):
     """Prints what trains, the batch arithmetic, and the memory that follows from both."""
     print(f"{'module':<24}{'parameters':>16}{'trainable':>16}  dtype")
     for name, part in model.named_children():
-        count = sum(p.numel() for p in part.parameters())
-        trainable = sum(p.numel() for p in part.parameters() if p.requires_grad)
+        count, trainable = (sum(p.numel() for p in part.parameters() if p.requires_grad or every) for every in (True, False))
         print(f"{name:<24}{count:>16,}{trainable:>16,}  {str(next(part.parameters()).dtype).removeprefix('torch.')}")
     micro, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
     print(f"batch: {micro} rows x {accumulation} accumulated x {world} processes = {micro * accumulation * world} rows a step")
     print(f"steps: {rows:,} rows, {steps_per_epoch:,} steps an epoch, {total_steps:,} in all")
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     training = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    masters = 4 * training if args.bf16 else 0
-    print("memory: " + ", ".join(f"{what} {size / 2**30:.2f} GiB" for what, size in (
-        ("weights", weights), ("masters", masters), ("gradients", 4 * training), ("optimizer", 8 * training))), flush=True)
+    sizes = {"weights": weights, "masters": 4 * training * args.bf16, "gradients": 4 * training, "moments": 8 * training}
+    print("memory: " + ", ".join(f"{what} {size / 2**30:.2f} GiB" for what, size in sizes.items()), flush=True)
 
 
-def train(args):
+def count_flops(model, batch: dict) -> int:
+    """Floating-point operations of a training step on a batch: two for each weight and token in the forward pass, two
+    where a gradient passes through, two where the weight trains; attention's products likewise. Recomputation is not
+    counted, nor what is never run.
+    """
+    (rows, width), (pictures, *_) = batch["input_ids"].shape, batch["pixel_values"].shape
+    vision, text = model.config.vision_config, model.config.text_config
+    patches, supervised = model.tokens_per_picture + 1, (batch["labels"][:, 1:] >= 0).sum().item()
+    head = model.language_model.get_output_embeddings()
+    parts = [  # module, tokens, products of attention with the values and keys of all tokens before
+        (model.vision_tower, pictures * patches,
+         4 * pictures * patches**2 * vision.hidden_size * model.vision_tower.vision_model.config.num_hidden_layers),
+        (model.multi_modal_projector, pictures * patches, 0),
+        (model.language_model.base_model, rows * width, 2 * rows * width**2 * text.hidden_size * text.num_hidden_layers),
+        (head, supervised, 0)]
+    total, gradient = 0, False
+    for part, tokens, attention in parts:
+        weights = [m.weight for m in part.modules() if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d))]
+        size = sum(w.numel() for w in weights)
+        training = sum(w.numel() for w in weights if w.requires_grad)
+        gradient = gradient or training > 0
+        total += (2 * size * tokens + attention) * (1 + gradient) + 2 * training * tokens + attention * gradient
+    return total
+
+
+def matmul_rate(device: str, dtype) -> float:
+    """The device's own best rate in products of square matrices, in FLOP/s: what MFU is a share of."""
+    n, seconds = 4096 if device == "cuda" else 512, []
+    a = torch.randn(n, n, device=device, dtype=dtype)
+    for _ in range(5):
+        began = time.perf_counter()
+        (a @ a).sum().item()
+        seconds.append(time.perf_counter() - began)
+    return 2 * n**3 / min(seconds)
+
+
+def peak_gib(device: str) -> float:
+    """The most memory held so far: on the GPU where there is one, else by this process."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def window_metrics(model, window: list[dict], seconds: float, waited: float, rate: float) -> dict:
+    """Speed and shape of one optimizer step."""
+    real, padded = sum(sum(b["lengths"]) for b in window), sum(b["input_ids"].numel() for b in window)
+    supervised = sum((b["labels"] >= 0).sum().item() for b in window)
+    return {"tokens_per_s": real / seconds, "samples_per_s": sum(row >= 0 for b in window for row in b["rows"]) / seconds,
+            "mfu": sum(count_flops(model, b) for b in window) / seconds / rate, "supervised": supervised / real,
+            "padding": 1 - real / padded, "waiting": waited / seconds}
+
+
+class Progress:
+    """One line that moves in a terminal, and whole lines in a log file."""
+
+    def __init__(self, total: int, done: int, rank: int):
+        self.bar = tqdm(total=total, initial=done, disable=rank > 0 or not sys.stderr.isatty(), dynamic_ncols=True,
+                        bar_format="{n_fmt}/{total_fmt} {elapsed}<{remaining}{postfix}")
+
+    def show(self, m: dict, log: bool):
+        text = (f"loss {m['loss']:.3f} lr {m['lr']:.1e} {m['tokens_per_s']:.0f} tok/s sup {m['supervised']:.0%} "
+                f"pad {m['padding']:.0%} wait {m['waiting']:.0%} mfu {m['mfu']:.0%} {m['peak_gib']:.1f}G")
+        self.bar.set_postfix_str(text, refresh=False)
+        self.bar.update()
+        if log and self.bar.disable:
+            print(f"{m['step']}/{self.bar.total} {text}", flush=True)
+
+
+def report(step: int, metrics: dict, predictions: list[dict]):
+    """Prints an evaluation: its figures, and a few questions with the answer expected and the one given."""
+    kinds = {name.split("/")[1]: value for name, value in metrics.items() if "/" in name}
+    tqdm.write(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items() if "/" not in name))
+    tqdm.write("".join(f"  {kind} {value:.1%}" for kind, value in kinds.items())) if kinds else None
+    for p in predictions[:: max(1, len(predictions) // 4)][:4]:
+        asked, given = p["question"].splitlines()[-1][:44], p["prediction"][:24]
+        tqdm.write(f"  {'right' if p['right'] else 'WRONG'}  {asked} > {given}" + ("" if p["right"] else f" (not {p['answer'][:24]})"))
+
+
+# --- the loop ---
+
+
+class FirstWindow:
+    """Proves once that what should train does: a finite gradient for each of its weights, and none for the frozen ones."""
+
+    def __init__(self, model):
+        self.model, self.finite = model, {}
+        self.hooks = [p.register_hook(lambda gradient, name=name: self._note(name, gradient))
+                      for name, p in model.named_parameters() if p.requires_grad]
+
+    def _note(self, name: str, gradient):
+        self.finite[name] = self.finite.get(name, True) and bool(torch.isfinite(gradient).all())
+
+    def check(self):
+        for name, p in self.model.named_parameters():
+            if p.requires_grad and not self.finite.get(name, False):
+                raise ValueError(f"{name} should train, but its gradient is {'not finite' if name in self.finite else 'missing'}")
+            assert p.requires_grad or p.grad is None, f"{name} is frozen, but has a gradient"
+        for hook in self.hooks:
+            hook.remove()
+
+
+def training_mode(model):
+    """Dropout where it is asked for; the tower stays in eval mode, as it was when it learnt to see."""
+    model.train()
+    model.vision_tower.eval()
+
+
+def take_faults(batches: list[dict], args) -> int:
+    """How many rows of these batches could not be used; the first stops the run unless `--on_bad_record skip`."""
+    faults = [fault for batch in batches for fault in batch["faults"]]
+    if faults and args.on_bad_record == "stop":
+        raise ValueError(f"{faults[0]} (or go on without such rows: --on_bad_record skip)")
+    for fault in faults:
+        tqdm.write(f"skipped: {fault}")
+    return len(faults)
+
+
+def train(args, stop: StopRequest) -> int:
     torch.manual_seed(args.seed)
-    run_id, checkpoint = open_run(args)
-    out, device = Path(args.output_dir), "cuda" if torch.cuda.is_available() else "cpu"
-    if (out / "final" / "config.json").is_file():
-        print(f"{out}: this run is complete")
-        return 0
-
-    # Data, model, engine.
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if args.bf16 else torch.float32
     source = llava.resolve(args.model_name_or_path)
     text = data.ChatText(AutoTokenizer.from_pretrained(source), args.version)
-    dtype = torch.bfloat16 if args.bf16 else torch.float32
+    train_set, eval_set = (path and data.open_dataset(
+        path, args.image_folder, source, args.version, args.image_aspect_ratio, args.model_max_length, "skip", text)
+        for path in (args.data_path, args.validation_data_path))
     model = llava.from_pretrained(source, dtype, device)
-    trained = TRAIN_TYPES[args.train_type]["modules"]
+    collate = data.Collator(model.config.image_token_id, model.tokens_per_picture)
+    if args.eval_only:
+        metrics, predictions = evaluate(model, eval_set, collate, args, device)
+        report(0, metrics, predictions)
+        return 0
+
+    run_id, checkpoint = open_run(args)
+    out = Path(args.output_dir)
+    if (out / "final").is_dir():
+        print(f"{out}: this run is complete")
+        return 0
     for name, p in model.named_parameters():
-        p.requires_grad_(name.split(".")[0] in trained)
+        p.requires_grad_(name.split(".")[0] in TRAIN_TYPES[args.train_type]["modules"])
     if args.gradient_checkpointing:
         model.language_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    train_set, validation_set = (
-        data.open_dataset(path, args.image_folder, source, args.version, args.image_aspect_ratio, args.model_max_length,
-                          args.on_bad_record, text) if path else None for path in (args.data_path, args.validation_data_path))
-    collate = data.Collator(model.config.image_token_id, model.tokens_per_picture)
-    engine = Plain(model, parameter_groups(model, args), args.max_grad_norm)
+    engine = (ZeRO if args.deepspeed else Plain)(model, parameter_groups(model, args), args)
 
-    # Batch arithmetic.
     micro, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
-    plan = lambda epoch: data.plan_epoch(  # noqa: E731
-        train_set.records.lengths, train_set.records.has_picture, micro * accumulation * engine.world, args.seed, epoch,
-        args.group_by_modality_length)
-    steps_per_epoch = len(plan(0))
+    rows = train_set.records
+    steps_of = lambda epoch: data.plan_epoch(  # noqa: E731
+        rows.lengths, rows.has_picture, micro * accumulation * engine.world, args.seed, epoch, args.group_by_modality_length)
+    steps_per_epoch = len(steps_of(0))
     total_steps = args.max_steps if args.max_steps > 0 else math.ceil(steps_per_epoch * args.num_train_epochs)
     warmup_steps = math.ceil(args.warmup_ratio * total_steps)
-    describe(model, args, steps_per_epoch, total_steps, len(train_set), engine.world)
+    describe(model, args, steps_per_epoch, total_steps, len(rows), engine.world)
 
-    # A run begins or goes on.
-    out.mkdir(parents=True, exist_ok=True)
-    if not (out / "run.json").exists():
+    progress = {"run": run_id, "step": 0, "skipped": 0, "cut": 0}
+    if checkpoint:
+        progress = load_checkpoint(engine, checkpoint, run_id)
+        print(f"going on from {checkpoint}")
+    if engine.rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
         (out / "run.json").write_text(json.dumps({"id": run_id, "args": vars(args)}, indent=2))
-    progress = load_checkpoint(engine, checkpoint, run_id) if checkpoint else {"run": run_id, "step": 0, "skipped": 0, "cut": 0}
-    log, stop, first_window = Log(out, progress["step"]), StopFlag(out), FirstWindow(model)
+    stop.watch(out)
+    log, bar = Log(out, progress["step"], engine.rank), Progress(total_steps, progress["step"], engine.rank)
+    rate, first_window = matmul_rate(device, dtype), FirstWindow(model)
 
     def validate():
-        metrics, predictions = evaluate(model, validation_set, collate, args, device)
+        metrics, predictions = evaluate(model, eval_set, collate, args, device)
         log.write("metrics.jsonl", {"step": progress["step"], **metrics})
         log.write("predictions.jsonl", *({"step": progress["step"], **p} for p in predictions))
         report(progress["step"], metrics, predictions)
-        train_mode(model)
 
-    if validation_set and not checkpoint:
+    if eval_set and progress["step"] == 0:
         validate()
-    train_mode(model)
-    bar = tqdm(total=total_steps, initial=progress["step"], unit="step", disable=not sys.stderr.isatty())
-    while progress["step"] < total_steps and not stop.requested:
+    stopping = False
+    while progress["step"] < total_steps and not stopping:
         epoch, start = divmod(progress["step"], steps_per_epoch)
-        sampler = data.WindowSampler(plan(epoch), accumulation, engine.world, engine.rank, start)
-        batches = iter(DataLoader(train_set, batch_sampler=sampler, collate_fn=collate, pin_memory=device == "cuda",
-                                  num_workers=args.dataloader_num_workers, prefetch_factor=4 if args.dataloader_num_workers else None))
-        for _ in range(min(len(sampler) // accumulation, total_steps - progress["step"])):
+        batches = iter(DataLoader(
+            train_set, batch_sampler=data.WindowSampler(steps_of(epoch), accumulation, engine.world, engine.rank, start),
+            collate_fn=collate, num_workers=args.dataloader_num_workers, pin_memory=device == "cuda",
+            multiprocessing_context="fork" if args.dataloader_num_workers else None))
+        for _ in range(min(steps_per_epoch - start, total_steps - progress["step"])):
+            # The whole window is fetched first, because its loss is divided by the number of its supervised tokens.
             began = time.perf_counter()
-            # The whole window is fetched first: its loss is divided by the number of its supervised tokens.
             window = [next(batches) for _ in range(accumulation)]
             waited = time.perf_counter() - began
-            supervised = sum((batch["labels"][:, 1:] != data.IGNORE).sum().item() for batch in window)
-            supervised, stop_requested = engine.all_reduce(supervised, stop.requested)
+            progress["skipped"] += take_faults(window, args)
+            progress["cut"] += sum(batch["cut"] for batch in window)
+            supervised = sum((batch["labels"] >= 0).sum().item() for batch in window)
+            supervised, stopping = engine.all_reduce(supervised, int(bool(stop)))
+
+            training_mode(model)
             loss = 0.0
             for i, batch in enumerate(window):
                 loss_sum, _ = engine.forward(*to_device(batch, device))
@@ -390,87 +598,37 @@ def train(args):
                 loss += loss_sum.detach()
             loss, = engine.all_reduce(loss.item() / max(supervised, 1))
             if not math.isfinite(loss):
-                raise ValueError(f"step {progress['step'] + 1}: the loss is {loss}; its rows are "
-                                 f"{[r for batch in window for r in batch['rows']]}. The last checkpoint stays")
-            if first_window:
-                first_window = first_window.check()
+                raise ValueError(f"step {progress['step'] + 1}: the loss is {loss}. Its records: "
+                                 f"{[rows.where(r) for batch in window for r in batch['rows'] if r >= 0]}")
+            first_window = first_window and first_window.check()
             factor = schedule(progress["step"], total_steps, warmup_steps, args.lr_scheduler_type)
             grad_norm = engine.step(factor)
             progress["step"] += 1
 
-            for fault in [fault for batch in window for fault in batch["faults"]]:
-                progress["skipped"] += 1
-                tqdm.write(f"skipped: {fault}")
-            progress["cut"] += sum(batch["cut"] for batch in window)
-            seconds = time.perf_counter() - began
-            rows = sum(len([r for r in batch["rows"] if r >= 0]) for batch in window)
-            real = sum(sum(batch["lengths"]) for batch in window)
-            padded = sum(batch["input_ids"].numel() for batch in window)
-            metrics = {"step": progress["step"], "epoch": progress["step"] / steps_per_epoch, "loss": loss,
-                       "lr": args.learning_rate * factor, "grad_norm": grad_norm, "tokens_per_s": real / seconds,
-                       "samples_per_s": rows / seconds, "supervised": supervised / real, "padding": 1 - real / padded,
-                       "waiting": waited / seconds, "peak_gib": peak_gib(device)}
-            bar.update()
-            bar.set_postfix(loss=f"{loss:.3f}", tok_s=f"{metrics['tokens_per_s']:.0f}", refresh=False)
-            if progress["step"] % args.logging_steps == 0 or progress["step"] == total_steps:
+            step, finished = progress["step"], progress["step"] == total_steps
+            metrics = {"step": step, "epoch": step / steps_per_epoch, "loss": loss, "lr": engine.base_lr * factor,
+                       "grad_norm": grad_norm, "peak_gib": peak_gib(device),
+                       **window_metrics(model, window, time.perf_counter() - began, waited, rate)}
+            bar.show(metrics, step % args.logging_steps == 0 or finished)
+            if step % args.logging_steps == 0 or finished:
                 log.write("metrics.jsonl", metrics)
-                if bar.disable:
-                    print(f"step {progress['step']}/{total_steps} loss {loss:.4f} lr {metrics['lr']:.2e} grad_norm {grad_norm:.2f} "
-                          f"{metrics['tokens_per_s']:.0f} tokens/s waiting {metrics['waiting']:.0%}", flush=True)
-            end_of_epoch = progress["step"] % steps_per_epoch == 0 or progress["step"] == total_steps
-            if validation_set and (progress["step"] % args.eval_steps == 0 if args.eval_steps > 0 else end_of_epoch):
+            if eval_set and (step % args.eval_steps == 0 if args.eval_steps > 0 else step % steps_per_epoch == 0 or finished):
                 validate()
-            if stop_requested or args.save_steps > 0 and progress["step"] % args.save_steps == 0:
+            if step == steps_per_epoch and (progress["skipped"] or progress["cut"]):
+                tqdm.write(f"in this epoch {progress['skipped']} rows were skipped, {progress['cut']} cut at their end")
+            if stopping or args.save_steps > 0 and step % args.save_steps == 0:
                 save_checkpoint(engine, out, progress, args.save_total_limit)
-            if stop_requested:
+            if stopping:
                 break
-    bar.close()
+    bar.bar.close()
     if progress["step"] < total_steps:
-        print(f"stopped at step {progress['step']}; go on with --resume_from_checkpoint latest")
+        print(f"stopped after step {progress['step']} of {total_steps}: go on with --resume_from_checkpoint latest")
         return 3
-    keep_template = text.version not in ("plain",)
-    llava.save_pretrained(model, out / "final", source, text.tokenizer.chat_template if keep_template else None, engine.state())
+    template, state = None if args.version == "plain" else text.tokenizer.chat_template, engine.state()
+    if engine.rank == 0:
+        llava.save_pretrained(model, out / "final", source, template, state)
     print(f"done: {out / 'final'}\n  python model.py chat --model_name_or_path {out / 'final'} --image FILE")
     return 0
-
-
-def train_mode(model):
-    """Dropout on where it is trained; the tower stays in eval mode, as it was when it learnt to see."""
-    model.train()
-    model.vision_tower.eval()
-
-
-class StopFlag:
-    """SIGTERM, SIGINT and SIGUSR1, and a file `stop` in the output folder, ask the loop to save and end."""
-
-    def __init__(self, out: Path):
-        self.file, self.signalled = out / "stop", False
-        self.file.unlink(missing_ok=True)
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            signal.signal(number, self.set)
-
-    def set(self, *_):
-        self.signalled = True
-
-    @property
-    def requested(self) -> bool:
-        return self.signalled or self.file.exists()
-
-
-def report(step: int, metrics: dict, predictions: list[dict]):
-    """Prints an evaluation: its figures, and a few questions with the answer expected and the one given."""
-    tqdm.write(f"step {step}: " + ", ".join(f"{name.removeprefix('eval_')} {value:.4f}" for name, value in metrics.items()))
-    for p in predictions[:: max(1, len(predictions) // 4)][:4]:
-        tqdm.write(f"  {'right' if p['right'] else 'wrong'}  {p['question'].splitlines()[-1][:60]!r}: {p['prediction'][:60]!r}"
-                   + ("" if p["right"] else f", expected {p['answer'][:60]!r}"))
-
-
-def peak_gib(device: str) -> float:
-    """The most memory held so far: of the GPU where there is one, else of this process."""
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**30
-    import resource
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 # --- commands ---
@@ -487,16 +645,16 @@ def parse(argv) -> argparse.Namespace:
     add, flag = parser.add_argument, {"type": boolean, "nargs": "?", "const": True}
     # model and data
     add("--model_name_or_path", required=True, help="a LLaVA folder, or a hub id")
-    add("--data_path", required=True, help=".json or .jsonl in LLaVA's format")
+    add("--data_path", help=".json or .jsonl in LLaVA's format")
     add("--validation_data_path", help="rows to evaluate on")
     add("--image_folder", help="a folder of pictures, or a .zip, read in place")
-    add("--output_dir", required=True, help="where checkpoints, metrics and the trained model go")
+    add("--output_dir", help="where checkpoints, metrics and the trained model go")
     add("--version", choices=data.VERSIONS, help="the template; plain for projector, else the folder's own")
     add("--image_aspect_ratio", choices=["pad", "square"], help="how pictures become square; the folder's own")
     add("--model_max_length", type=int, default=2048, help="tokens of a row, pictures included; longer answers are cut")
     add("--on_bad_record", choices=["stop", "skip"], default="stop", help="what a row that cannot be used does")
     # what trains, and how
-    add("--train_type", choices=list(TRAIN_TYPES), required=True, help="what trains")
+    add("--train_type", choices=list(TRAIN_TYPES), help="what trains")
     add("--num_train_epochs", type=float, default=1.0, help="epochs")
     add("--max_steps", type=int, default=-1, help="optimizer steps; -1: as the epochs say")
     add("--per_device_train_batch_size", type=int, default=16, help="rows of a micro-batch")
@@ -515,6 +673,7 @@ def parse(argv) -> argparse.Namespace:
     add("--dataloader_num_workers", type=int, default=4, help="processes that prepare batches")
     # evaluation, saving, logging
     add("--per_device_eval_batch_size", type=int, default=16, help="rows of an evaluation batch")
+    add("--eval_only", **flag, default=False, help="evaluate, and train nothing")
     add("--eval_steps", type=int, default=-1, help="steps between evaluations; -1: every epoch")
     add("--eval_samples", type=int, default=32, help="rows whose questions are answered; -1: all")
     add("--max_new_tokens", type=int, default=64, help="tokens of an answer")
@@ -522,14 +681,38 @@ def parse(argv) -> argparse.Namespace:
     add("--save_total_limit", type=int, default=2, help="checkpoints kept; -1: all")
     add("--resume_from_checkpoint", nargs="?", const="latest", help="a checkpoint folder of this run, or latest")
     add("--logging_steps", type=int, default=1, help="steps between lines of metrics.jsonl")
+    # many processes
+    add("--deepspeed", help="ds_zero2.json or ds_zero3.json")
     add("--local_rank", type=int, default=-1, help="set by the deepspeed launcher")
     args = parser.parse_args(argv)
-    recipe = TRAIN_TYPES[args.train_type]
-    args.version = args.version or recipe["version"]
-    args.learning_rate = recipe["learning_rate"] if args.learning_rate is None else args.learning_rate
-    args.mm_projector_lr = args.learning_rate if args.mm_projector_lr is None else args.mm_projector_lr
-    args.mm_vision_tower_lr = args.learning_rate if args.mm_vision_tower_lr is None else args.mm_vision_tower_lr
+    needed = ("validation_data_path",) if args.eval_only else ("data_path", "output_dir", "train_type")
+    for name in needed:
+        if getattr(args, name) is None:
+            parser.error(f"--{name} is needed")
+    recipe = TRAIN_TYPES[args.train_type or "freeze_vision"]
+    for name, default in (("version", recipe["version"]), ("learning_rate", recipe["learning_rate"])):
+        if getattr(args, name) is None:
+            setattr(args, name, default)
+    for name in ("mm_projector_lr", "mm_vision_tower_lr"):
+        if getattr(args, name) is None:
+            setattr(args, name, args.learning_rate)
     return args
+
+
+def start_processes(args):
+    """Joins the launcher's processes; alone, this is one of one."""
+    for name, value in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", 29500)):
+        os.environ.setdefault(name, str(value))
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    if args.deepspeed:
+        import deepspeed
+
+        if not Path(args.deepspeed).is_file():
+            raise FileNotFoundError(f"--deepspeed {args.deepspeed}: no such file")
+        deepspeed.init_distributed()
+    elif int(os.environ["WORLD_SIZE"]) > 1:
+        raise ValueError("several processes need --deepspeed ds_zero2.json (or ds_zero3.json)")
 
 
 def main(argv=None) -> int:
@@ -537,10 +720,16 @@ def main(argv=None) -> int:
     transformers_logging.set_verbosity_error()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        return train(args)
+        start_processes(args)
+        with StopRequest() as stop, open(os.devnull, "w") as quiet:
+            with contextlib.redirect_stdout(quiet if int(os.environ["RANK"]) else sys.stdout):
+                return train(args, stop)
     except (ValueError, FileNotFoundError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
