@@ -1,22 +1,26 @@
-"""The training loop of LLaVA: two stages, any of the train types, one process.
+"""The training loop of LLaVA: two stages, one process or many.
 
-    projector       stage 1: the projector alone, on captions                 --version plain
+    projector       stage 1: the projector alone, on captions (template `plain`)
     freeze_vision   stage 2: projector and language model, on instructions
-    full            the vision tower too
+    full            stage 2, and the vision tower too
 
-    python train.py --model_name_or_path DIR --data_path F --image_folder DIR --output_dir DIR --train_type projector
-    python train.py --model_name_or_path DIR --validation_data_path F --image_folder DIR --eval_only
+    python train.py --model_name_or_path DIR --train_type projector --data_path F --image_folder DIR
+                    --output_dir DIR
+    deepspeed train.py --deepspeed ds_zero2.json (the same flags)
+    python train.py --model_name_or_path DIR --eval_only --validation_data_path F --image_folder DIR
 
-What an optimizer step is:
+An optimizer step sees one window: the rows of a global batch, as `gradient_accumulation_steps`
+micro-batches on each of `world` processes. Its loss is
 
-    window = the rows of one global batch, in `gradient_accumulation_steps` micro-batches
-    loss   = sum over all supervised tokens of the window / their number
-    so that any split of the same rows into micro-batches, and any padding, gives the same gradients.
+    sum over all supervised tokens of the window / their number
 
-Precision: with --bf16, weights and activations are bf16; gradients are added up in fp32, and what trains has an fp32
-master copy that the optimizer updates. Without it everything is fp32.
+so any split of the same rows, and any padding, gives the same gradients.
 
-Sources: the recipes of LLaVA-1.5 (github.com/haotian-liu/LLaVA, scripts/v1_5), the schedule of transformers' optimization.py.
+With --bf16, weights and activations are bf16, gradients are added up in fp32, and what trains has
+an fp32 master copy, which the optimizer updates and checkpoints hold. Without it all is fp32.
+
+Sources: LLaVA-1.5's recipes (github.com/haotian-liu/LLaVA, scripts/v1_5), the schedules of
+transformers/optimization.py, ZeRO (arXiv:1910.02054).
 """
 
 import argparse
@@ -31,8 +35,10 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
-from torch.utils.data import DataLoader
+import torch.distributed as dist
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
@@ -40,62 +46,80 @@ from transformers.utils import logging as transformers_logging
 import data
 import model as llava
 
-# What trains, and LLaVA-1.5's published recipe for it (scripts/v1_5: pretrain.sh, finetune.sh).
+# What trains, and LLaVA-1.5's published learning rate and template for it.
 TRAIN_TYPES = {
-    "projector": {"modules": ["multi_modal_projector"], "learning_rate": 1e-3, "version": "plain"},
-    "freeze_vision": {"modules": ["multi_modal_projector", "language_model"], "learning_rate": 2e-5, "version": "own"},
-    "full": {"modules": ["vision_tower", "multi_modal_projector", "language_model"], "learning_rate": 2e-5, "version": "own"},
+    "projector": (["multi_modal_projector"], 1e-3, "plain"),
+    "freeze_vision": (["multi_modal_projector", "language_model"], 2e-5, "own"),
+    "full": (["vision_tower", "multi_modal_projector", "language_model"], 2e-5, "own"),
 }
 
 
-# --- schedule, parameter groups ---
+# --- schedule and parameter groups ---
 
 
 def schedule(step: int, total_steps: int, warmup_steps: int, kind: str) -> float:
-    """The factor on the learning rate at `step` (from 0): a linear warm-up, then cosine, linear or constant."""
+    """The factor on the learning rates at `step`, from 0: linear warm-up, then as `kind` says."""
     if step < warmup_steps:
         return step / warmup_steps
     progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
-    return {"cosine": 0.5 * (1 + math.cos(math.pi * progress)), "linear": 1 - progress, "constant": 1.0}[kind]
+    return {"cosine": 0.5 * (1 + math.cos(math.pi * progress)), "linear": 1 - progress,
+            "constant": 1.0}[kind]
 
 
-def parameter_groups(model, args) -> list[dict]:
-    """AdamW's groups: a learning rate for each part, no weight decay on norms and biases (all that is not a matrix)."""
-    rates = {"vision_tower": args.mm_vision_tower_lr, "multi_modal_projector": args.mm_projector_lr,
-             "language_model": args.learning_rate}
+def make_optimizer(parameters: dict, args) -> torch.optim.AdamW:
+    """AdamW over {name: parameter}: a learning rate for each part, weight decay on matrices only."""
+    rates = {"vision_tower": args.mm_vision_tower_lr, "language_model": args.learning_rate,
+             "multi_modal_projector": args.mm_projector_lr}
     groups = {}
-    for name, p in model.named_parameters():
-        if p.requires_grad:
-            groups.setdefault((name.split(".")[0], p.ndim > 1), []).append(p)
-    return [{"params": params, "lr": rates[part], "base_lr": rates[part], "name": part,
-             "weight_decay": args.weight_decay if decay else 0.0} for (part, decay), params in groups.items()]
+    for name, p in parameters.items():
+        groups.setdefault((name.split(".")[0], p.ndim > 1), []).append(p)
+    return torch.optim.AdamW(
+        [{"params": params, "lr": rates[part], "base_lr": rates[part],
+          "weight_decay": args.weight_decay * matrix}
+         for (part, matrix), params in groups.items()],
+        betas=(0.9, 0.999), eps=1e-8, fused=not args.deepspeed)
 
 
-# --- engine ---
+def set_learning_rates(optimizer, factor: float):
+    for group in optimizer.param_groups:
+        group["lr"] = group["base_lr"] * factor
 
 
-class Plain:
-    """One process. Does in plain torch what DeepSpeed's engine does: fp32 gradients and masters for bf16 weights."""
+# --- engines: the same calls, whatever is behind them ---
+
+
+class Alone:
+    """One process: what many would have to agree on is known already."""
 
     rank, world = 0, 1
 
-    def __init__(self, model, groups: list[dict], args):
-        self.model, self.max_grad_norm, self.base_lr = model, args.max_grad_norm, groups[0]["base_lr"]
-        self.params = [p for group in groups for p in group["params"]]
-        self.masters = [p if p.dtype == torch.float32 else p.detach().float().requires_grad_() for p in self.params]
-        master_of = {p: m for p, m in zip(self.params, self.masters)}
-        for p, master in master_of.items():
-            if p is not master:
-                p.register_post_accumulate_grad_hook(lambda p, master=master: self._collect(p, master))
-        groups = [{**group, "params": [master_of[p] for p in group["params"]]} for group in groups]
-        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8, fused=True)
+    def all_reduce(self, *numbers):
+        """The sums over all ranks."""
+        return numbers
+
+    def gather(self, rows: list) -> list:
+        """The lists of all ranks, as one."""
+        return rows
+
+
+class Plain(Alone):
+    """Does in plain torch what DeepSpeed does: fp32 gradients and masters behind bf16 weights."""
+
+    def __init__(self, model, args):
+        self.model, self.max_grad_norm = model, args.max_grad_norm
+        self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.masters = {name: p if p.dtype == torch.float32 else p.detach().float()
+                        for name, p in self.trained.items()}
+        self.optimizer = make_optimizer(self.masters, args)
+        for name, p in self.trained.items():
+            if p is not self.masters[name]:
+                p.register_post_accumulate_grad_hook(
+                    lambda p, master=self.masters[name]: self._collect(p, master))
 
     @staticmethod
     def _collect(p, master):
-        """Adds a bf16 gradient to the fp32 sum as soon as it is complete, and frees it."""
-        if master.grad is None:
-            master.grad = torch.zeros_like(master)
-        master.grad += p.grad
+        """Adds a bf16 gradient to its fp32 sum as soon as it is complete, and frees it."""
+        master.grad = p.grad.float() if master.grad is None else master.grad.add_(p.grad)
         p.grad = None
 
     def forward(self, *inputs):
@@ -104,185 +128,209 @@ class Plain:
     def backward(self, loss, last: bool):
         loss.backward()
 
-    def all_reduce(self, *numbers):
-        return numbers
-
     def step(self, factor: float) -> float:
-        """One update, with the learning rates times `factor`; the norm of the gradient before clipping."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["base_lr"] * factor
-        norm = torch.nn.utils.clip_grad_norm_(self.masters, self.max_grad_norm)
+        """One update at `factor` times the learning rates; the gradient's norm before clipping."""
+        set_learning_rates(self.optimizer, factor)
+        norm = torch.nn.utils.clip_grad_norm_(self.masters.values(), self.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.publish()
+        self._publish()
         return norm.item()
 
     @torch.no_grad()
-    def publish(self):
-        """Copies the masters into the model's weights."""
-        for p, master in zip(self.params, self.masters):
-            if p is not master:
-                p.copy_(master)
+    def _publish(self):
+        for name, p in self.trained.items():
+            if p is not self.masters[name]:
+                p.copy_(self.masters[name])
 
     def state(self) -> dict:
-        """Everything that trains, by name, in fp32: what checkpoints and saved folders hold."""
-        names = {p: name for name, p in self.model.named_parameters()}
-        return {names[p]: master.detach() for p, master in zip(self.params, self.masters)}
+        """{name: fp32 tensor} of all that trains."""
+        return {name: master.detach() for name, master in self.masters.items()}
 
     def save(self, folder: Path):
-        torch.save({"weights": self.state(), "optimizer": self.optimizer.state_dict()}, folder / "state.pt")
+        torch.save({"weights": self.state(), "optimizer": self.optimizer.state_dict()},
+                   folder / "state.pt")
 
     def load(self, folder: Path):
         saved = torch.load(folder / "state.pt", weights_only=True)
-        for (name, master), weight in zip(self.state().items(), saved["weights"].values(), strict=True):
-            master.copy_(weight)
+        for name, master in self.state().items():
+            master.copy_(saved["weights"][name])
         self.optimizer.load_state_dict(saved["optimizer"])
-        self.publish()
+        self._publish()
 
 
 class ZeRO:
-    """Many processes, DeepSpeed's engine inside: what a process holds of gradients, masters and moments (stage 2), and of
-    the weights too (stage 3), is its share.
+    """Many processes, DeepSpeed's engine inside. Each holds its share of gradients, masters and
+    moments (stage 2), and of the weights too (stage 3).
     """
 
-    def __init__(self, model, groups: list[dict], args):
+    def __init__(self, model, args):
         import deepspeed
-        from deepspeed.utils import safe_get_full_fp32_param
 
-        self.model, self.base_lr, self.gather = model, groups[0]["base_lr"], safe_get_full_fp32_param
-        config = json.loads(Path(args.deepspeed).read_text())
-        for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps",
-                    "gradient_clipping", "optimizer", "scheduler"):
-            if key in config:
-                raise ValueError(f"--deepspeed {args.deepspeed}: {key} is set there; leave it to the flags of train.py")
-        config |= {"train_micro_batch_size_per_gpu": args.per_device_train_batch_size,
-                   "gradient_accumulation_steps": args.gradient_accumulation_steps,
-                   "gradient_clipping": args.max_grad_norm, "bf16": {"enabled": args.bf16}}
-        optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8)
-        self.engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
-        self.rank, self.world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        self.model, self.deepspeed = model, deepspeed
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.engine, *_ = deepspeed.initialize(
+            model=model, optimizer=make_optimizer(trained, args), config=deepspeed_config(args))
+        self.optimizer = self.engine.optimizer
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+
+    def all_reduce(self, *numbers):
+        total = torch.tensor(numbers, dtype=torch.float64, device=self.engine.device)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def gather(self, rows: list) -> list:
+        shares = [None] * self.world
+        dist.all_gather_object(shares, rows)
+        return [row for share in shares for row in share]
 
     def forward(self, *inputs):
         return self.engine(*inputs)
 
     def backward(self, loss, last: bool):
-        """Where the accumulation ends is said by hand: the engine's own count knows nothing of windows."""
+        """The end of a window is said by hand: the engine would divide, and count, by itself."""
         self.engine.set_gradient_accumulation_boundary(last)
         self.engine.backward(loss, scale_wrt_gas=False)
         if not last:
             self.engine.step()
 
-    def all_reduce(self, *numbers):
-        total = torch.tensor(numbers, dtype=torch.float64, device=self.engine.device)
-        torch.distributed.all_reduce(total)
-        return total.tolist()
-
     def step(self, factor: float) -> float:
-        for group in self.engine.optimizer.param_groups:
-            group["lr"] = group["base_lr"] * factor
+        set_learning_rates(self.optimizer, factor)
         self.engine.step()
         return float(self.engine.get_global_grad_norm())
 
     def state(self) -> dict:
-        """As `Plain.state`, gathered weight by weight; whole on rank 0, empty on the others. Frozen ones that stage 3 has
-        partitioned are gathered too.
-        """
-        import deepspeed
-
+        """As Plain's, gathered weight by weight onto rank 0, with the frozen ones of stage 3."""
         state = {}
         for name, p in self.model.named_parameters():
-            if not p.requires_grad and not hasattr(p, "ds_id"):
-                continue
-            with deepspeed.zero.GatheredParameters([p], enabled=not p.requires_grad):
-                weight = self.gather(p) if p.requires_grad else p.data
-                if self.rank == 0:
-                    state[name] = weight.detach().to("cpu", copy=True)
+            if p.requires_grad:
+                weight = self.deepspeed.utils.safe_get_full_fp32_param(p)
+                state |= {name: weight.to("cpu", copy=True)} if self.rank == 0 else {}
+            elif hasattr(p, "ds_id"):
+                with self.deepspeed.zero.GatheredParameters([p]):
+                    state |= {name: p.detach().to("cpu", copy=True)} if self.rank == 0 else {}
         return state
 
     def save(self, folder: Path):
         self.engine.save_checkpoint(str(folder), tag="state", exclude_frozen_parameters=True)
 
     def load(self, folder: Path):
-        """DeepSpeed unpickles its own files: only checkpoints of this very run come here."""
+        """NOTE: DeepSpeed unpickles its files, so only checkpoints of this very run come here."""
         self.engine.load_checkpoint(str(folder), tag="state", load_module_strict=False)
+
+
+def deepspeed_config(args) -> dict:
+    """The file of --deepspeed and, from the flags, what it must leave to them."""
+    config = json.loads(Path(args.deepspeed).read_text())
+    flags = {"train_micro_batch_size_per_gpu": args.per_device_train_batch_size,
+             "gradient_accumulation_steps": args.gradient_accumulation_steps,
+             "gradient_clipping": args.max_grad_norm}
+    for key in (*flags, "train_batch_size", "optimizer", "scheduler", "fp16"):
+        if key in config:
+            raise ValueError(f"--deepspeed {args.deepspeed}: remove {key}, the flags decide it")
+    return {**config, **flags, "bf16": {"enabled": args.bf16}}
 
 
 # --- evaluation ---
 
 
-def to_device(batch: dict, device) -> tuple:
-    return tuple(batch[key].to(device, non_blocking=True) for key in ("input_ids", "pixel_values", "labels"))
+class Questions(Dataset):
+    """Each answer in the first `count` rows as a question: its item is what stands before it."""
+
+    def __init__(self, rows: data.LlavaDataset, count: int):
+        self.rows = rows
+        turns = [data.parse_record(rows.records[i])[0] for i in range(count)]
+        self.asked = [(i, k) for i in range(count)
+                      for k in range(sum(turn["role"] == "assistant" for turn in turns[i]))]
+
+    def __len__(self) -> int:
+        return len(self.asked)
+
+    def __getitem__(self, j: int) -> dict:
+        if j < 0:
+            return self.rows[-1]
+        i, k = self.asked[j]
+        item = self.rows[i]
+        supervised = item["labels"] != data.IGNORE
+        starts = (supervised & ~supervised.roll(1)).nonzero().flatten().tolist()
+        if k >= len(starts):  # cut off by --model_max_length
+            return self.rows[-1]
+        ids = item["input_ids"][:starts[k]]
+        pictures = item["pixel_values"][:(ids == self.rows.image_token_id).sum()]
+        return {**item, "input_ids": ids, "labels": ids, "pixel_values": pictures, "row": j}
+
+    def expected(self, j: int) -> dict:
+        """{id, question, answer}, and the kind of question where the row has `kinds`."""
+        i, k = self.asked[j]
+        row = self.rows.records[i]
+        turns, _ = data.parse_record(row)
+        at = [n for n, turn in enumerate(turns) if turn["role"] == "assistant"][k]
+        kind = {"kind": row["kinds"][k]} if "kinds" in row else {}
+        return {"id": row.get("id"), "question": turns[at - 1]["content"],
+                "answer": turns[at]["content"].strip(), **kind}
+
+
+def eval_batches(dataset, engine, args, collate, device):
+    """This rank's batches; rows of weight 0 fill up, so that all ranks have equally many."""
+    share = args.per_device_eval_batch_size * engine.world
+    rows = np.pad(np.arange(len(dataset)), (0, -len(dataset) % share), constant_values=-1)
+    sampler = data.WindowSampler(rows.reshape(-1, share), 1, engine.world, engine.rank)
+    return loader(dataset, sampler, collate, args, device)
 
 
 @torch.no_grad()
-def evaluate(model, dataset, collate, args, device) -> tuple[dict, list[dict]]:
-    """Token-weighted loss and accuracy over all rows, and generated answers to the questions of `eval_samples` rows.
+def evaluate(model, dataset, engine, collate, args, device) -> tuple[dict, list[dict]]:
+    """Token-weighted loss and accuracy over all rows, and greedy answers to the questions of the
+    first `eval_samples`: ({name: figure}, [{id, question, answer, prediction, right}]).
 
     An answer is asked for with the true turns before it as its context, as in training.
     """
     model.eval()
-    loss, right, tokens = 0.0, 0, 0
-    loader = DataLoader(dataset, batch_size=args.per_device_eval_batch_size, collate_fn=collate)
-    for batch in loader:
+    sums = np.zeros(3)  # loss, tokens predicted right, tokens
+    for batch in eval_batches(dataset, engine, args, collate, device):
         take_faults([batch], args)
-        batch_loss, batch_right = model(*to_device(batch, device))
-        loss, right = loss + batch_loss.item(), right + batch_right.item()
-        tokens += (batch["labels"][:, 1:] != data.IGNORE).sum().item()
+        loss, right = model(*to_device(batch, device))
+        sums += loss.item(), right.item(), (batch["labels"] >= 0).sum().item()
+    loss, right, tokens = engine.all_reduce(*sums.tolist())
     metrics = {"eval_loss": loss / max(tokens, 1), "eval_token_accuracy": right / max(tokens, 1)}
     count = len(dataset) if args.eval_samples < 0 else min(args.eval_samples, len(dataset))
-    predictions = [p for batch in questions(dataset, count, args.per_device_eval_batch_size)
-                   for p in answer(model, batch, dataset, collate, args, device)]
-    if predictions:
-        metrics["eval_exact_match"] = sum(p["right"] for p in predictions) / len(predictions)
-        for kind in sorted({p["kind"] for p in predictions if "kind" in p}):
-            of_kind = [p["right"] for p in predictions if p.get("kind") == kind]
-            metrics[f"eval_exact_match/{kind}"] = sum(of_kind) / len(of_kind)
-    return metrics, predictions
-
-
-def questions(dataset, count: int, batch_size: int):
-    """Batches of questions: each answer of a row is one, and what stands before it in the row is its prompt."""
-    batch = []
-    for i in range(count):
-        item, row = dataset[i], dataset.records[i]
-        supervised = item["labels"] != data.IGNORE
-        starts = (supervised & ~supervised.roll(1)).nonzero().flatten().tolist()
-        turns = row["conversations"]
-        pairs = [(h["value"], g["value"]) for h, g in zip(turns, turns[1:]) if g["from"] == "gpt"]
-        for k, (start, (question, expected)) in enumerate(zip(starts, pairs)):
-            ids = item["input_ids"][:start]
-            pictures = (ids == dataset.image_token_id).sum()
-            kind = {"kind": row["kinds"][k]} if "kinds" in row else {}
-            batch.append(({"id": row.get("id"), "question": question, "answer": expected, **kind},
-                          {**item, "input_ids": ids, "labels": ids, "pixel_values": item["pixel_values"][:pictures]}))
-            if len(batch) == batch_size:
-                yield batch
-                batch = []
-    if batch:
-        yield batch
-
-
-def answer(model, batch, dataset, collate, args, device) -> list[dict]:
-    """Greedy answers to a batch of questions, as [{id, question, answer, prediction, right}]."""
-    inputs = collate([item for _, item in batch])
-    lengths, (_, width) = torch.tensor(inputs["lengths"]), inputs["input_ids"].shape
-    shift = torch.arange(width)[None] - (width - lengths)[:, None]  # (B, T): from padding on the right to the left
-    ids = inputs["input_ids"].gather(1, shift.clamp(min=0))
-    ids[shift < 0] = 0
-    new = model.generate(ids.to(device), inputs["pixel_values"].to(device), (shift >= 0).long().to(device),
-                         max_new_tokens=args.max_new_tokens, eos_token_id=dataset.text.stop_ids)
+    questions = Questions(dataset, count)
     answers = []
-    for (asked, _), text in zip(batch, dataset.text.tokenizer.batch_decode(new, skip_special_tokens=True)):
-        prediction = text.split("\n")[0].strip() if dataset.text.version == "plain" else text.strip()
-        answers.append({**asked, "prediction": prediction, "right": prediction == asked["answer"].strip()})
+    for batch in eval_batches(questions, engine, args, collate, device):
+        answers += answer(model, batch, questions, engine, args, device)
+    answers = engine.gather(answers)
+    kinds = sorted({a["kind"] for a in answers if "kind" in a})
+    of_kind = {f"/{kind}": [a for a in answers if a.get("kind") == kind] for kind in kinds}
+    for name, some in {"": answers, **of_kind}.items():
+        if some:
+            metrics[f"eval_exact_match{name}"] = sum(a["right"] for a in some) / len(some)
+    return metrics, answers
+
+
+def answer(model, batch: dict, questions: Questions, engine, args, device) -> list[dict]:
+    """Greedy answers to a batch of questions."""
+    lengths, (_, width) = torch.tensor(batch["lengths"]), batch["input_ids"].shape
+    shift = torch.arange(width)[None] - (width - lengths)[:, None]  # (B, T): padding to the left
+    ids = batch["input_ids"].gather(1, shift.clamp(min=0)).where(shift >= 0, 0)
+    text = questions.rows.text
+    new = model.generate(
+        ids.to(device), batch["pixel_values"].to(device), (shift >= 0).long().to(device),
+        max_new_tokens=args.max_new_tokens, eos_token_id=text.stop_ids, do_sample=False,
+        synced_gpus=engine.world > 1)
+    answers = []
+    for j, words in zip(batch["rows"], text.tokenizer.batch_decode(new, skip_special_tokens=True)):
+        if j >= 0:
+            words = (words.split("\n")[0] if text.version == "plain" else words).strip()
+            expected = questions.expected(j)
+            answers.append({**expected, "prediction": words, "right": words == expected["answer"]})
     return answers
 
 
 # --- a run on disk ---
 
 # Flags that may differ between a run and its continuation: they change nothing that is learnt.
-FREE_FLAGS = {"resume_from_checkpoint", "dataloader_num_workers", "logging_steps", "save_steps", "save_total_limit",
-              "per_device_eval_batch_size", "local_rank"}
+FREE_FLAGS = {"resume_from_checkpoint", "dataloader_num_workers", "logging_steps", "save_steps",
+              "save_total_limit", "per_device_eval_batch_size", "local_rank"}
 
 
 def checkpoints(out: Path) -> list[Path]:
@@ -291,21 +339,25 @@ def checkpoints(out: Path) -> list[Path]:
 
 
 def open_run(args) -> tuple[str, Path | None]:
-    """The id of the run in `output_dir` and the checkpoint to go on from; ValueError where another run lives there."""
-    out, flags = Path(args.output_dir), {k: v for k, v in vars(args).items() if k not in FREE_FLAGS}
+    """The id of the run in `output_dir`, and the checkpoint to go on from, if any.
+
+    Raises ValueError where `output_dir` is the source, another run's, or something else.
+    """
+    out = Path(args.output_dir)
     if out.resolve() == Path(args.model_name_or_path).resolve():
-        raise ValueError(f"--output_dir {out}: that is the source of the model; name a new folder")
+        raise ValueError(f"--output_dir {out}: the model comes from there; name a new folder")
     if not (out / "run.json").is_file():
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise ValueError(f"--output_dir {out}: not empty, and no run of this program; name a new folder")
+            raise ValueError(f"--output_dir {out}: not empty, and no run; name a new folder")
         return secrets.token_hex(8), None
-    run = json.loads((out / "run.json").read_text())
     if args.resume_from_checkpoint is None:
-        raise ValueError(f"--output_dir {out} holds a run: go on with --resume_from_checkpoint latest, or name a new folder")
-    for name, value in flags.items():
-        if run["args"].get(name) != value:
-            raise ValueError(f"--output_dir {out} holds a run with --{name} {run['args'].get(name)}, not {value}: "
-                             "give the same flags, or name a new folder")
+        raise ValueError(f"--output_dir {out} holds a run: go on with --resume_from_checkpoint "
+                         "latest, or name a new folder")
+    run = json.loads((out / "run.json").read_text())
+    for name, value in vars(args).items():
+        if name not in FREE_FLAGS and run["args"].get(name) != value:
+            raise ValueError(f"--output_dir {out} holds a run with --{name} "
+                             f"{run['args'].get(name)}, not {value}: name a new folder")
     if args.resume_from_checkpoint == "latest":
         return run["id"], next(reversed(checkpoints(out)), None)
     return run["id"], Path(args.resume_from_checkpoint)
@@ -317,8 +369,8 @@ def save_checkpoint(engine, out: Path, progress: dict, limit: int):
     part = target.with_suffix(".part")
     part.mkdir(exist_ok=True)
     engine.save(part)
-    torch.save({"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()},
-               part / f"rng-{engine.rank}.pt")
+    rng = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
+    torch.save(rng, part / f"rng-{engine.rank}.pt")
     engine.all_reduce(0)  # every rank has written its share
     if engine.rank == 0:
         (part / "progress.json").write_text(json.dumps(progress))
@@ -334,7 +386,10 @@ def load_checkpoint(engine, folder: Path, run_id: str) -> dict:
         raise FileNotFoundError(f"--resume_from_checkpoint {folder}: no checkpoint there")
     progress = json.loads((folder / "progress.json").read_text())
     if progress["run"] != run_id:
-        raise ValueError(f"--resume_from_checkpoint {folder}: that is another run's; only its own can go on")
+        raise ValueError(f"--resume_from_checkpoint {folder}: another run's; it takes only its own")
+    if progress["world"] != engine.world:
+        raise ValueError(f"--resume_from_checkpoint {folder}: written by {progress['world']} "
+                         f"processes, and these are {engine.world}: start as many")
     engine.load(folder)
     rng = torch.load(folder / f"rng-{engine.rank}.pt", weights_only=True)
     torch.set_rng_state(rng["cpu"])
@@ -343,28 +398,30 @@ def load_checkpoint(engine, folder: Path, run_id: str) -> dict:
 
 
 class Log:
-    """metrics.jsonl and predictions.jsonl. A run that goes on from `step` takes back the lines behind it."""
+    """metrics.jsonl and predictions.jsonl, written by rank 0. A run that goes on from `step` takes
+    back the lines behind it.
+    """
 
     def __init__(self, out: Path, step: int, rank: int):
         self.out, self.rank = out, rank
         for path in (out / "metrics.jsonl", out / "predictions.jsonl") if rank == 0 else ():
             lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-            path.write_text("".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step))
+            path.write_text("".join(line for line in lines
+                                    if line.endswith("\n") and json.loads(line)["step"] <= step))
 
     def write(self, name: str, *rows: dict):
-        if self.rank > 0:
-            return
-        with open(self.out / name, "a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        if self.rank == 0:
+            with open(self.out / name, "a", encoding="utf-8") as file:
+                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 class StopRequest:
-    """SIGTERM, SIGINT and SIGUSR1, and a file `stop` in the output folder, ask the loop to save and end: no more."""
+    """SIGTERM, SIGINT, SIGUSR1, or a file `stop` in the output folder: the loop saves and ends."""
 
     signals = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
     def __enter__(self):
-        self.signalled, self.file = False, None
+        self.signalled, self.file = False, Path(os.devnull, "none")
         self.before = [signal.signal(number, self._set) for number in self.signals]
         return self
 
@@ -379,7 +436,7 @@ class StopRequest:
         self.file = out / "stop"
         self.file.unlink(missing_ok=True)  # an earlier run's
 
-    def __bool__(self):
+    def requested(self) -> bool:
         return self.signalled or self.file.exists()
 
 
@@ -390,44 +447,51 @@ def describe(model, args, steps_per_epoch: int, total_steps: int, rows: int, wor
     """Prints what trains, the batch arithmetic, and the memory that follows from both."""
     print(f"{'module':<24}{'parameters':>16}{'trainable':>16}  dtype")
     for name, part in model.named_children():
-        count, trainable = (sum(p.numel() for p in part.parameters() if p.requires_grad or every) for every in (True, False))
-        print(f"{name:<24}{count:>16,}{trainable:>16,}  {str(next(part.parameters()).dtype).removeprefix('torch.')}")
+        count = sum(p.numel() for p in part.parameters())
+        trainable = sum(p.numel() for p in part.parameters() if p.requires_grad)
+        dtype = str(next(part.parameters()).dtype).removeprefix("torch.")
+        print(f"{name:<24}{count:>16,}{trainable:>16,}  {dtype}")
     micro, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
-    print(f"batch: {micro} rows x {accumulation} accumulated x {world} processes = {micro * accumulation * world} rows a step")
+    print(f"batch: {micro} rows x {accumulation} accumulated x {world} processes = "
+          f"{micro * accumulation * world} rows a step")
     print(f"steps: {rows:,} rows, {steps_per_epoch:,} steps an epoch, {total_steps:,} in all")
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     training = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    sizes = {"weights": weights, "masters": 4 * training * args.bf16, "gradients": 4 * training, "moments": 8 * training}
-    print("memory: " + ", ".join(f"{what} {size / 2**30:.2f} GiB" for what, size in sizes.items()), flush=True)
+    sizes = {"weights": weights, "masters": 4 * training * args.bf16, "gradients": 4 * training,
+             "moments": 8 * training}
+    print("memory: " + ", ".join(f"{what} {size / 2**20:,.1f} MiB" for what, size in sizes.items()),
+          flush=True)
 
 
 def count_flops(model, batch: dict) -> int:
-    """Floating-point operations of a training step on a batch: two for each weight and token in the forward pass, two
-    where a gradient passes through, two where the weight trains; attention's products likewise. Recomputation is not
-    counted, nor what is never run.
+    """Floating-point operations of a training step on a batch.
+
+    For each weight and token two in the forward pass, two where a gradient passes on, two where the
+    weight trains; attention's products likewise. What is recomputed, or never run, does not count.
     """
-    (rows, width), (pictures, *_) = batch["input_ids"].shape, batch["pixel_values"].shape
-    vision, text = model.config.vision_config, model.config.text_config
-    patches, supervised = model.tokens_per_picture + 1, (batch["labels"][:, 1:] >= 0).sum().item()
-    head = model.language_model.get_output_embeddings()
-    parts = [  # module, tokens, products of attention with the values and keys of all tokens before
+    (rows, width), pictures = batch["input_ids"].shape, len(batch["pixel_values"])
+    tower, decoder = model.vision_tower.vision_model.config, model.config.text_config
+    patches, supervised = model.tokens_per_picture + 1, (batch["labels"] >= 0).sum().item()
+    parts = [  # module, tokens, operations of attention's two products (half of them if causal)
         (model.vision_tower, pictures * patches,
-         4 * pictures * patches**2 * vision.hidden_size * model.vision_tower.vision_model.config.num_hidden_layers),
+         4 * pictures * patches**2 * tower.hidden_size * tower.num_hidden_layers),
         (model.multi_modal_projector, pictures * patches, 0),
-        (model.language_model.base_model, rows * width, 2 * rows * width**2 * text.hidden_size * text.num_hidden_layers),
-        (head, supervised, 0)]
+        (model.language_model.base_model, rows * width,
+         2 * rows * width**2 * decoder.hidden_size * decoder.num_hidden_layers),
+        (model.language_model.get_output_embeddings(), supervised, 0)]
     total, gradient = 0, False
     for part, tokens, attention in parts:
-        weights = [m.weight for m in part.modules() if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d))]
-        size = sum(w.numel() for w in weights)
+        weights = [m.weight for m in part.modules()
+                   if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d))]
         training = sum(w.numel() for w in weights if w.requires_grad)
+        passing = 2 * tokens * sum(w.numel() for w in weights)
         gradient = gradient or training > 0
-        total += (2 * size * tokens + attention) * (1 + gradient) + 2 * training * tokens + attention * gradient
+        total += passing + attention + gradient * (passing + 2 * attention) + 2 * tokens * training
     return total
 
 
 def matmul_rate(device: str, dtype) -> float:
-    """The device's own best rate in products of square matrices, in FLOP/s: what MFU is a share of."""
+    """The device's best rate in products of square matrices, in FLOP/s: what MFU is a share of."""
     n, seconds = 4096 if device == "cuda" else 512, []
     a = torch.randn(n, n, device=device, dtype=dtype)
     for _ in range(5):
@@ -444,117 +508,133 @@ def peak_gib(device: str) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def window_metrics(model, window: list[dict], seconds: float, waited: float, rate: float) -> dict:
-    """Speed and shape of one optimizer step."""
-    real, padded = sum(sum(b["lengths"]) for b in window), sum(b["input_ids"].numel() for b in window)
-    supervised = sum((b["labels"] >= 0).sum().item() for b in window)
-    return {"tokens_per_s": real / seconds, "samples_per_s": sum(row >= 0 for b in window for row in b["rows"]) / seconds,
-            "mfu": sum(count_flops(model, b) for b in window) / seconds / rate, "supervised": supervised / real,
-            "padding": 1 - real / padded, "waiting": waited / seconds}
-
-
 class Progress:
-    """One line that moves in a terminal, and whole lines in a log file."""
+    """One line that moves in a terminal, whole lines in a log file."""
 
     def __init__(self, total: int, done: int, rank: int):
-        self.bar = tqdm(total=total, initial=done, disable=rank > 0 or not sys.stderr.isatty(), dynamic_ncols=True,
+        self.bar = tqdm(total=total, initial=done, dynamic_ncols=True,
+                        disable=rank > 0 or not sys.stderr.isatty(),
                         bar_format="{n_fmt}/{total_fmt} {elapsed}<{remaining}{postfix}")
 
     def show(self, m: dict, log: bool):
-        text = (f"loss {m['loss']:.3f} lr {m['lr']:.1e} {m['tokens_per_s']:.0f} tok/s sup {m['supervised']:.0%} "
-                f"pad {m['padding']:.0%} wait {m['waiting']:.0%} mfu {m['mfu']:.0%} {m['peak_gib']:.1f}G")
+        text = (f"loss {m['loss']:.3f} lr {m['lr']:.1e} {m['tokens_per_s']:.0f} tok/s "
+                f"sup {m['supervised']:.0%} pad {m['padded']:.0%} wait {m['waiting']:.0%} "
+                f"mfu {m['mfu']:.0%} {m['peak_gib']:.1f}G")
         self.bar.set_postfix_str(text, refresh=False)
         self.bar.update()
         if log and self.bar.disable:
             print(f"{m['step']}/{self.bar.total} {text}", flush=True)
 
 
-def report(step: int, metrics: dict, predictions: list[dict]):
-    """Prints an evaluation: its figures, and a few questions with the answer expected and the one given."""
-    kinds = {name.split("/")[1]: value for name, value in metrics.items() if "/" in name}
-    tqdm.write(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items() if "/" not in name))
-    tqdm.write("".join(f"  {kind} {value:.1%}" for kind, value in kinds.items())) if kinds else None
-    for p in predictions[:: max(1, len(predictions) // 4)][:4]:
-        asked, given = p["question"].splitlines()[-1][:44], p["prediction"][:24]
-        tqdm.write(f"  {'right' if p['right'] else 'WRONG'}  {asked} > {given}" + ("" if p["right"] else f" (not {p['answer'][:24]})"))
+def report(step: int, metrics: dict, answers: list[dict]):
+    """Prints an evaluation: its figures, and a few questions with what was said and expected."""
+    figures = {name.removeprefix("eval_"): value for name, value in metrics.items()}
+    tqdm.write(f"step {step}: " + ", ".join(
+        f"{name} {value:.4f}" for name, value in figures.items() if "/" not in name))
+    kinds = [f"{name.split('/')[1]} {value:.1%}" for name, value in figures.items() if "/" in name]
+    for line in [", ".join(kinds)] if kinds else []:
+        tqdm.write(f"  {line}")
+    for a in answers[:: max(1, len(answers) // 4)][:4]:
+        wrong = "" if a["right"] else f" (not {a['answer'][:24]})"
+        tqdm.write(f"  {a['question'].splitlines()[-1][:40]} > {a['prediction'][:24]}{wrong}")
 
 
 # --- the loop ---
 
 
 class FirstWindow:
-    """Proves once that what should train does: a finite gradient for each of its weights, and none for the frozen ones."""
+    """Proves once that what should train does: each of its weights gets a finite gradient."""
 
     def __init__(self, model):
-        self.model, self.finite = model, {}
+        self.finite = {name: None for name, p in model.named_parameters() if p.requires_grad}
         self.hooks = [p.register_hook(lambda gradient, name=name: self._note(name, gradient))
                       for name, p in model.named_parameters() if p.requires_grad]
 
     def _note(self, name: str, gradient):
-        self.finite[name] = self.finite.get(name, True) and bool(torch.isfinite(gradient).all())
+        self.finite[name] = self.finite[name] is not False and bool(gradient.isfinite().all())
 
     def check(self):
-        for name, p in self.model.named_parameters():
-            if p.requires_grad and not self.finite.get(name, False):
-                raise ValueError(f"{name} should train, but its gradient is {'not finite' if name in self.finite else 'missing'}")
-            assert p.requires_grad or p.grad is None, f"{name} is frozen, but has a gradient"
+        for name, finite in self.finite.items():
+            if not finite:
+                raise ValueError(f"{name} should train, but its gradient is "
+                                 f"{'missing' if finite is None else 'not finite'}")
         for hook in self.hooks:
             hook.remove()
 
 
-def training_mode(model):
-    """Dropout where it is asked for; the tower stays in eval mode, as it was when it learnt to see."""
-    model.train()
-    model.vision_tower.eval()
+def to_device(batch: dict, device) -> tuple:
+    return tuple(batch[key].to(device, non_blocking=True)
+                 for key in ("input_ids", "pixel_values", "labels"))
+
+
+def loader(dataset, sampler, collate, args, device) -> DataLoader:
+    """Batches, prepared by worker processes; forked ones share the rows with this one."""
+    workers = args.dataloader_num_workers
+    return DataLoader(dataset, batch_sampler=sampler, collate_fn=collate, num_workers=workers,
+                      multiprocessing_context="fork" if workers else None,
+                      pin_memory=device == "cuda")
 
 
 def take_faults(batches: list[dict], args) -> int:
-    """How many rows of these batches could not be used; the first stops the run unless `--on_bad_record skip`."""
+    """How many rows could not be used; the first stops the run, unless --on_bad_record skip."""
     faults = [fault for batch in batches for fault in batch["faults"]]
     if faults and args.on_bad_record == "stop":
-        raise ValueError(f"{faults[0]} (or go on without such rows: --on_bad_record skip)")
+        raise ValueError(f"{faults[0]} (--on_bad_record skip goes on without such rows)")
     for fault in faults:
         tqdm.write(f"skipped: {fault}")
     return len(faults)
 
 
+def training_mode(model):
+    """Dropout where it is asked for; the tower stays in eval mode, as when it learnt to see."""
+    model.train()
+    model.vision_tower.eval()
+
+
 def train(args, stop: StopRequest) -> int:
     torch.manual_seed(args.seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if args.bf16 else torch.float32
     source = llava.resolve(args.model_name_or_path)
-    text = data.ChatText(AutoTokenizer.from_pretrained(source), args.version)
-    train_set, eval_set = (path and data.open_dataset(
-        path, args.image_folder, source, args.version, args.image_aspect_ratio, args.model_max_length, "skip", text)
-        for path in (args.data_path, args.validation_data_path))
-    model = llava.from_pretrained(source, dtype, device)
-    collate = data.Collator(model.config.image_token_id, model.tokens_per_picture)
-    if args.eval_only:
-        metrics, predictions = evaluate(model, eval_set, collate, args, device)
-        report(0, metrics, predictions)
-        return 0
-
-    run_id, checkpoint = open_run(args)
-    out = Path(args.output_dir)
+    run_id, checkpoint = (None, None) if args.eval_only else open_run(args)
+    out = Path(args.output_dir or os.devnull)
     if (out / "final").is_dir():
         print(f"{out}: this run is complete")
         return 0
-    for name, p in model.named_parameters():
-        p.requires_grad_(name.split(".")[0] in TRAIN_TYPES[args.train_type]["modules"])
-    if args.gradient_checkpointing:
-        model.language_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    engine = (ZeRO if args.deepspeed else Plain)(model, parameter_groups(model, args), args)
 
-    micro, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
-    rows = train_set.records
-    steps_of = lambda epoch: data.plan_epoch(  # noqa: E731
-        rows.lengths, rows.has_picture, micro * accumulation * engine.world, args.seed, epoch, args.group_by_modality_length)
+    # Rows and model.
+    text = data.ChatText(AutoTokenizer.from_pretrained(source), args.version)
+    train_set, eval_set = (
+        path and data.open_dataset(path, args.image_folder, source, args.version,
+                                   args.image_aspect_ratio, args.model_max_length, "skip", text)
+        for path in (args.data_path, args.validation_data_path))
+    model = llava.from_pretrained(source, torch.bfloat16 if args.bf16 else torch.float32, device)
+    collate = data.Collator(model.config.image_token_id, model.tokens_per_picture)
+    if args.eval_only:
+        report(0, *evaluate(model, eval_set, Alone(), collate, args, device))
+        return 0
+    modules, _, _ = TRAIN_TYPES[args.train_type]
+    for name, p in model.named_parameters():
+        p.requires_grad_(name.split(".")[0] in modules)
+    if args.gradient_checkpointing:
+        model.language_model.gradient_checkpointing_enable({"use_reentrant": False})
+    engine = (ZeRO if args.deepspeed else Plain)(model, args)
+
+    # The arithmetic of batches and steps.
+    rows, accumulation = train_set.records, args.gradient_accumulation_steps
+    global_batch = args.per_device_train_batch_size * accumulation * engine.world
+
+    def steps_of(epoch):
+        return data.plan_epoch(rows.lengths, rows.has_picture, global_batch, args.seed, epoch,
+                               args.group_by_modality_length)
+
     steps_per_epoch = len(steps_of(0))
-    total_steps = args.max_steps if args.max_steps > 0 else math.ceil(steps_per_epoch * args.num_train_epochs)
+    total_steps = math.ceil(steps_per_epoch * args.num_train_epochs)
+    total_steps = args.max_steps if args.max_steps > 0 else total_steps
     warmup_steps = math.ceil(args.warmup_ratio * total_steps)
     describe(model, args, steps_per_epoch, total_steps, len(rows), engine.world)
 
-    progress = {"run": run_id, "step": 0, "skipped": 0, "cut": 0}
+    # The run begins, or goes on.
+    progress = {"run": run_id, "world": engine.world, "step": 0, "skipped": 0, "cut": 0}
     if checkpoint:
         progress = load_checkpoint(engine, checkpoint, run_id)
         print(f"going on from {checkpoint}")
@@ -562,72 +642,84 @@ def train(args, stop: StopRequest) -> int:
         out.mkdir(parents=True, exist_ok=True)
         (out / "run.json").write_text(json.dumps({"id": run_id, "args": vars(args)}, indent=2))
     stop.watch(out)
-    log, bar = Log(out, progress["step"], engine.rank), Progress(total_steps, progress["step"], engine.rank)
-    rate, first_window = matmul_rate(device, dtype), FirstWindow(model)
+    log = Log(out, progress["step"], engine.rank)
+    bar = Progress(total_steps, progress["step"], engine.rank)
+    rate, first_window, stopping = matmul_rate(device, next(model.parameters()).dtype), FirstWindow(model), False
 
     def validate():
-        metrics, predictions = evaluate(model, eval_set, collate, args, device)
+        metrics, answers = evaluate(model, eval_set, engine, collate, args, device)
         log.write("metrics.jsonl", {"step": progress["step"], **metrics})
-        log.write("predictions.jsonl", *({"step": progress["step"], **p} for p in predictions))
-        report(progress["step"], metrics, predictions)
+        log.write("predictions.jsonl", *({"step": progress["step"], **a} for a in answers))
+        report(progress["step"], metrics, answers)
 
     if eval_set and progress["step"] == 0:
         validate()
-    stopping = False
     while progress["step"] < total_steps and not stopping:
         epoch, start = divmod(progress["step"], steps_per_epoch)
-        batches = iter(DataLoader(
-            train_set, batch_sampler=data.WindowSampler(steps_of(epoch), accumulation, engine.world, engine.rank, start),
-            collate_fn=collate, num_workers=args.dataloader_num_workers, pin_memory=device == "cuda",
-            multiprocessing_context="fork" if args.dataloader_num_workers else None))
+        sampler = data.WindowSampler(
+            steps_of(epoch), accumulation, engine.world, engine.rank, start)
+        batches = iter(loader(train_set, sampler, collate, args, device))
         for _ in range(min(steps_per_epoch - start, total_steps - progress["step"])):
-            # The whole window is fetched first, because its loss is divided by the number of its supervised tokens.
+            # The whole window is fetched first: its loss is divided by all its supervised tokens.
             began = time.perf_counter()
             window = [next(batches) for _ in range(accumulation)]
             waited = time.perf_counter() - began
             progress["skipped"] += take_faults(window, args)
             progress["cut"] += sum(batch["cut"] for batch in window)
-            supervised = sum((batch["labels"] >= 0).sum().item() for batch in window)
-            supervised, stopping = engine.all_reduce(supervised, int(bool(stop)))
+            supervised, tokens, slots, count, stopping = engine.all_reduce(
+                sum((batch["labels"] >= 0).sum().item() for batch in window),
+                sum(sum(batch["lengths"]) for batch in window),
+                sum(batch["labels"].numel() for batch in window),
+                sum(row >= 0 for batch in window for row in batch["rows"]), stop.requested())
 
             training_mode(model)
-            loss = 0.0
+            sums = torch.zeros(2, dtype=torch.float64, device=device)  # loss, tokens right
             for i, batch in enumerate(window):
-                loss_sum, _ = engine.forward(*to_device(batch, device))
-                engine.backward(loss_sum * engine.world / max(supervised, 1), last=i == accumulation - 1)
-                loss += loss_sum.detach()
-            loss, = engine.all_reduce(loss.item() / max(supervised, 1))
+                loss, right = engine.forward(*to_device(batch, device))
+                engine.backward(loss * engine.world / max(supervised, 1), i == accumulation - 1)
+                sums += torch.stack([loss.detach(), right])
+            loss, right = (x / max(supervised, 1) for x in engine.all_reduce(*sums.tolist()))
             if not math.isfinite(loss):
-                raise ValueError(f"step {progress['step'] + 1}: the loss is {loss}. Its records: "
-                                 f"{[rows.where(r) for batch in window for r in batch['rows'] if r >= 0]}")
+                found = [rows.where(i) for batch in window for i in batch["rows"] if i >= 0]
+                raise ValueError(f"step {progress['step'] + 1}: the loss is {loss}; its records: "
+                                 f"{'; '.join(found)}. The last checkpoint stays")
             first_window = first_window and first_window.check()
             factor = schedule(progress["step"], total_steps, warmup_steps, args.lr_scheduler_type)
             grad_norm = engine.step(factor)
             progress["step"] += 1
 
-            step, finished = progress["step"], progress["step"] == total_steps
-            metrics = {"step": step, "epoch": step / steps_per_epoch, "loss": loss, "lr": engine.base_lr * factor,
-                       "grad_norm": grad_norm, "peak_gib": peak_gib(device),
-                       **window_metrics(model, window, time.perf_counter() - began, waited, rate)}
-            bar.show(metrics, step % args.logging_steps == 0 or finished)
-            if step % args.logging_steps == 0 or finished:
+            step, seconds = progress["step"], time.perf_counter() - began
+            end_of_epoch = step % steps_per_epoch == 0 or step == total_steps
+            flops = sum(count_flops(model, batch) for batch in window)
+            metrics = {
+                "step": step, "epoch": step / steps_per_epoch, "loss": loss,
+                "token_accuracy": right, "lr": engine.optimizer.param_groups[0]["lr"],
+                "grad_norm": grad_norm, "tokens_per_s": tokens / seconds,
+                "samples_per_s": count / seconds, "supervised": supervised / tokens,
+                "padded": 1 - tokens / slots, "waiting": waited / seconds,
+                "mfu": flops / seconds / rate, "peak_gib": peak_gib(device)}
+            to_log = step % args.logging_steps == 0 or step == total_steps
+            bar.show(metrics, to_log)
+            if to_log:
                 log.write("metrics.jsonl", metrics)
-            if eval_set and (step % args.eval_steps == 0 if args.eval_steps > 0 else step % steps_per_epoch == 0 or finished):
+            if eval_set and (end_of_epoch if args.eval_steps < 1 else step % args.eval_steps == 0):
                 validate()
-            if step == steps_per_epoch and (progress["skipped"] or progress["cut"]):
-                tqdm.write(f"in this epoch {progress['skipped']} rows were skipped, {progress['cut']} cut at their end")
+            if step == steps_per_epoch and progress["skipped"] + progress["cut"]:
+                tqdm.write(f"{progress['skipped']} rows were skipped, {progress['cut']} cut short")
             if stopping or args.save_steps > 0 and step % args.save_steps == 0:
                 save_checkpoint(engine, out, progress, args.save_total_limit)
             if stopping:
                 break
     bar.bar.close()
     if progress["step"] < total_steps:
-        print(f"stopped after step {progress['step']} of {total_steps}: go on with --resume_from_checkpoint latest")
+        print(f"stopped after step {progress['step']} of {total_steps}: go on with "
+              "--resume_from_checkpoint latest")
         return 3
-    template, state = None if args.version == "plain" else text.tokenizer.chat_template, engine.state()
+    template, state = text.tokenizer.chat_template, engine.state()
     if engine.rank == 0:
-        llava.save_pretrained(model, out / "final", source, template, state)
-    print(f"done: {out / 'final'}\n  python model.py chat --model_name_or_path {out / 'final'} --image FILE")
+        llava.save_pretrained(model, out / "final", source,
+                              None if args.version == "plain" else template, state)
+    print(f"done: {out}/final\n  python model.py chat --model_name_or_path {out}/final --image F")
     return 0
 
 
@@ -641,7 +733,7 @@ def boolean(text: str) -> bool:
 
 
 def parse(argv) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add, flag = parser.add_argument, {"type": boolean, "nargs": "?", "const": True}
     # model and data
     add("--model_name_or_path", required=True, help="a LLaVA folder, or a hub id")
@@ -649,37 +741,37 @@ def parse(argv) -> argparse.Namespace:
     add("--validation_data_path", help="rows to evaluate on")
     add("--image_folder", help="a folder of pictures, or a .zip, read in place")
     add("--output_dir", help="where checkpoints, metrics and the trained model go")
-    add("--version", choices=data.VERSIONS, help="the template; plain for projector, else the folder's own")
-    add("--image_aspect_ratio", choices=["pad", "square"], help="how pictures become square; the folder's own")
-    add("--model_max_length", type=int, default=2048, help="tokens of a row, pictures included; longer answers are cut")
-    add("--on_bad_record", choices=["stop", "skip"], default="stop", help="what a row that cannot be used does")
+    add("--version", choices=data.VERSIONS, help="template; plain for projector, else own")
+    add("--image_aspect_ratio", choices=["pad", "square"], help="default: as the model's folder")
+    add("--model_max_length", type=int, default=2048, help="tokens of a row, with its pictures'")
+    add("--on_bad_record", choices=["stop", "skip"], default="stop", help="rows that do not work")
     # what trains, and how
     add("--train_type", choices=list(TRAIN_TYPES), help="what trains")
-    add("--num_train_epochs", type=float, default=1.0, help="epochs")
+    add("--num_train_epochs", type=float, default=1.0, help="passes over the rows")
     add("--max_steps", type=int, default=-1, help="optimizer steps; -1: as the epochs say")
     add("--per_device_train_batch_size", type=int, default=16, help="rows of a micro-batch")
-    add("--gradient_accumulation_steps", type=int, default=1, help="micro-batches of an optimizer step")
-    add("--learning_rate", type=float, help="of the language model, and of all that has no own; LLaVA's for the train type")
-    add("--mm_projector_lr", type=float, help="learning rate of the projector")
-    add("--mm_vision_tower_lr", type=float, help="learning rate of the vision tower")
-    add("--lr_scheduler_type", choices=["cosine", "linear", "constant"], default="cosine", help="behind the warm-up")
-    add("--warmup_ratio", type=float, default=0.03, help="share of the steps with a rising learning rate")
+    add("--gradient_accumulation_steps", type=int, default=1, help="micro-batches of a step")
+    add("--learning_rate", type=float, help="default: LLaVA-1.5's for the train type")
+    add("--mm_projector_lr", type=float, help="the projector's own learning rate")
+    add("--mm_vision_tower_lr", type=float, help="the tower's own learning rate")
+    add("--lr_scheduler_type", choices=["cosine", "linear", "constant"], default="cosine")
+    add("--warmup_ratio", type=float, default=0.03, help="share of steps with a rising rate")
     add("--weight_decay", type=float, default=0.0, help="AdamW's, on matrices only")
-    add("--max_grad_norm", type=float, default=1.0, help="gradients of a larger norm are scaled down to it")
-    add("--bf16", **flag, default=torch.cuda.is_available(), help="bf16 weights and activations, fp32 masters")
-    add("--gradient_checkpointing", **flag, default=False, help="recompute the decoder's activations: less memory, more time")
-    add("--group_by_modality_length", **flag, default=False, help="rows of one kind and similar length in a step")
+    add("--max_grad_norm", type=float, default=1.0, help="larger gradients are scaled down to it")
+    add("--bf16", **flag, default=torch.cuda.is_available(), help="default: where there is a GPU")
+    add("--gradient_checkpointing", **flag, default=False, help="less memory for more time")
+    add("--group_by_modality_length", **flag, default=False, help="like rows share a step")
     add("--seed", type=int, default=42, help="of order and dropout")
     add("--dataloader_num_workers", type=int, default=4, help="processes that prepare batches")
     # evaluation, saving, logging
-    add("--per_device_eval_batch_size", type=int, default=16, help="rows of an evaluation batch")
     add("--eval_only", **flag, default=False, help="evaluate, and train nothing")
+    add("--per_device_eval_batch_size", type=int, default=16, help="rows of an evaluation batch")
     add("--eval_steps", type=int, default=-1, help="steps between evaluations; -1: every epoch")
-    add("--eval_samples", type=int, default=32, help="rows whose questions are answered; -1: all")
+    add("--eval_samples", type=int, default=32, help="rows whose questions are asked; -1: all")
     add("--max_new_tokens", type=int, default=64, help="tokens of an answer")
     add("--save_steps", type=int, default=500, help="steps between checkpoints; -1: none")
     add("--save_total_limit", type=int, default=2, help="checkpoints kept; -1: all")
-    add("--resume_from_checkpoint", nargs="?", const="latest", help="a checkpoint folder of this run, or latest")
+    add("--resume_from_checkpoint", nargs="?", const="latest", help="a checkpoint, or latest")
     add("--logging_steps", type=int, default=1, help="steps between lines of metrics.jsonl")
     # many processes
     add("--deepspeed", help="ds_zero2.json or ds_zero3.json")
@@ -689,10 +781,9 @@ def parse(argv) -> argparse.Namespace:
     for name in needed:
         if getattr(args, name) is None:
             parser.error(f"--{name} is needed")
-    recipe = TRAIN_TYPES[args.train_type or "freeze_vision"]
-    for name, default in (("version", recipe["version"]), ("learning_rate", recipe["learning_rate"])):
-        if getattr(args, name) is None:
-            setattr(args, name, default)
+    _, rate, version = TRAIN_TYPES[args.train_type or "freeze_vision"]
+    args.version = args.version or version
+    args.learning_rate = rate if args.learning_rate is None else args.learning_rate
     for name in ("mm_projector_lr", "mm_vision_tower_lr"):
         if getattr(args, name) is None:
             setattr(args, name, args.learning_rate)
@@ -700,19 +791,19 @@ def parse(argv) -> argparse.Namespace:
 
 
 def start_processes(args):
-    """Joins the launcher's processes; alone, this is one of one."""
-    for name, value in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", 29500)):
-        os.environ.setdefault(name, str(value))
+    """Joins the launcher's other processes; without a launcher, this is one of one."""
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
+             "MASTER_PORT": "29500"}
+    os.environ.update({name: os.environ.get(name, value) for name, value in alone.items()})
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if args.deepspeed:
-        import deepspeed
-
         if not Path(args.deepspeed).is_file():
             raise FileNotFoundError(f"--deepspeed {args.deepspeed}: no such file")
+        import deepspeed
         deepspeed.init_distributed()
-    elif int(os.environ["WORLD_SIZE"]) > 1:
-        raise ValueError("several processes need --deepspeed ds_zero2.json (or ds_zero3.json)")
+    elif os.environ["WORLD_SIZE"] != "1":
+        raise ValueError("many processes need --deepspeed ds_zero2.json, or ds_zero3.json")
 
 
 def main(argv=None) -> int:
@@ -722,14 +813,14 @@ def main(argv=None) -> int:
     try:
         start_processes(args)
         with StopRequest() as stop, open(os.devnull, "w") as quiet:
-            with contextlib.redirect_stdout(quiet if int(os.environ["RANK"]) else sys.stdout):
+            with contextlib.redirect_stdout(sys.stdout if os.environ["RANK"] == "0" else quiet):
                 return train(args, stop)
     except (ValueError, FileNotFoundError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
     finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 if __name__ == "__main__":
