@@ -2,8 +2,9 @@
 
 A record, in LLaVA's format, and what becomes of it:
 
-    {"id": "7", "image": "7.png", "conversations": [{"from": "human", "value": "<image>\\nWhat is it?"},
-                                                    {"from": "gpt",   "value": "A frog."}]}
+    {"id": "7", "image": "7.png",
+     "conversations": [{"from": "human", "value": "<image>\\nWhat is it?"},
+                       {"from": "gpt",   "value": "A frog."}]}
 
       > picture   RGB, padded or cropped to a square, 336 x 336, normalised        (3, 336, 336)
       > text      the chat template rendered; ids, and labels: only answers count  (t,), (t,)
@@ -13,10 +14,12 @@ A record, in LLaVA's format, and what becomes of it:
 Labels are unshifted, as Hugging Face has them: the model compares position t with label t + 1.
 
     python data.py toy  --out out/toy
-    python data.py show --model_name_or_path out/model --data_path out/toy/train.json --image_folder out/toy/images
+    python data.py show --model_name_or_path out/model --data_path out/toy/train.json \\
+                        --image_folder out/toy/images
 
-Sources: LLaVA's record format, templates and masks (github.com/haotian-liu/LLaVA, llava/conversation.py and
-llava/train/train.py), CLIP's preprocessing (github.com/openai/CLIP, clip/clip.py).
+Sources: LLaVA's record format, templates and masks (github.com/haotian-liu/LLaVA,
+llava/conversation.py and llava/train/train.py), CLIP's preprocessing (github.com/openai/CLIP,
+clip/clip.py).
 """
 
 import argparse
@@ -35,7 +38,7 @@ import numpy as np
 import torch
 from jinja2.exceptions import TemplateError
 from PIL import Image, ImageDraw
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 IMAGE = "<image>"  # one in the text for each picture of the row
 IGNORE = -100      # the label of a position that no loss looks at
@@ -45,10 +48,10 @@ IGNORE = -100      # the label of a position that no loss looks at
 
 
 class PictureTransform:
-    """Turns a picture into the tower's input, as CLIP's (`square`) and LLaVA's (`pad`) processors do.
+    """A picture as the tower's input, as LLaVA's (`pad`) and CLIP's (`square`) processors make it.
 
-    pad     the picture is centred on a square of the mean colour, then resized: nothing is lost
-    square  its short side is resized, then the centre is cut out: the ends of the long side are lost
+    pad     it is centred on a square of the mean colour, then resized: nothing is lost
+    square  its short side is resized, then the centre is cut out: the long side loses its ends
     """
 
     def __init__(self, size: int, mean: list[float], std: list[float], aspect_ratio: str):
@@ -58,8 +61,8 @@ class PictureTransform:
         self.scale, self.shift = 1 / (255 * std), -mean / std
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, aspect_ratio: str | None = None) -> "PictureTransform":
-        """Reads the processor files of a model folder; `aspect_ratio` overrides what they say."""
+    def from_pretrained(cls, folder: str | Path, aspect_ratio: str | None = None):
+        """As a model folder's processor files say; `aspect_ratio` overrides theirs."""
         for name in ("preprocessor_config.json", "processor_config.json"):
             if (path := Path(folder) / name).is_file():
                 config = json.loads(path.read_text())
@@ -67,7 +70,8 @@ class PictureTransform:
                 if "image_mean" in config:
                     break
         else:
-            raise FileNotFoundError(f"{folder}: no preprocessor_config.json, which says how pictures are prepared")
+            raise FileNotFoundError(f"{folder}: no preprocessor_config.json, which says how "
+                                    "pictures are prepared")
         size = config.get("crop_size") or config["size"]
         size = size if isinstance(size, int) else size.get("height", size.get("shortest_edge"))
         own = "pad" if config.get("do_pad") else "square"
@@ -75,73 +79,82 @@ class PictureTransform:
 
     def __call__(self, image: Image.Image) -> np.ndarray:
         """(3, size, size) float32, normalised."""
-        width, height = image.size
-        if self.aspect_ratio == "pad" and width != height:
-            side = max(width, height)
-            canvas = Image.new("RGB", (side, side), self.background)
-            canvas.paste(image, ((side - width) // 2, (side - height) // 2))
-            image, width, height = canvas, side, side
-        # Resizing and then cropping is resizing the box that the crop comes from, at a fraction of the cost.
-        ratio = self.size / min(width, height)
-        wide, high = max(self.size, int(width * ratio)), max(self.size, int(height * ratio))
-        left, top = (wide - self.size) // 2, (high - self.size) // 2
-        x, y = width / wide, height / high  # source pixels for a pixel of the result
-        box = (left * x, top * y, (left + self.size) * x, (top + self.size) * y)
-        image = image.resize((self.size, self.size), Image.Resampling.BICUBIC, box=box)
+        if self.aspect_ratio == "pad":
+            image = pad(image, self.background)
+        else:  # of a long strip the middle will do
+            image = centre(image, *(min(n, 16 * min(image.size)) for n in image.size))
+        resized = [self.size * n // min(image.size) for n in image.size]
+        image = centre(image.resize(resized, Image.Resampling.BICUBIC), self.size, self.size)
         pixels = np.asarray(image, np.float32) * self.scale + self.shift  # (size, size, 3)
         return np.ascontiguousarray(pixels.transpose(2, 0, 1))            # (3, size, size)
 
 
-def decode_picture(data: bytes) -> Image.Image:
+def centre(image: Image.Image, width: int, height: int) -> Image.Image:
+    """The middle of a picture."""
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
+
+
+def pad(image: Image.Image, background: tuple) -> Image.Image:
+    """The picture in the middle of a square; a long strip, whose square is huge, made smaller."""
+    side = max(image.size)
+    if side**2 > 4 * image.width * image.height + 2**24:
+        image = image.resize([max(1, n * 4096 // side) for n in image.size])
+        side = 4096
+    square = Image.new("RGB", (side, side), background)
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return square
+
+
+def decode_picture(data: bytes, name: str = "") -> Image.Image:
     """The picture as RGB, first frame; ValueError where it is damaged, too large or no picture."""
     try:
-        image = Image.open(io.BytesIO(data))
-        # Padding makes a square of the longer side, so that is what must fit into memory.
-        if max(image.size) ** 2 > 2 * Image.MAX_IMAGE_PIXELS:
-            raise ValueError(f"{image.width} x {image.height} pixels are too many: make it smaller")
-        return image.convert("RGB")
-    except (Exception, Image.DecompressionBombError) as error:  # Pillow's decoders raise nearly anything
-        raise ValueError(f"not a readable picture ({error})") from None
+        return Image.open(io.BytesIO(data)).convert("RGB")
+    except Exception as error:  # Pillow's decoders raise nearly anything
+        reason = str(error).split(" <")[0]
+        raise ValueError(f"picture {name}: not one that can be read ({reason})") from None
 
 
 class Pictures:
     """A folder of pictures, or a .zip of them read in place; `read(name)` gives a file's bytes.
 
-    The zip's directory is read once and kept as plain numbers, and `os.pread` has no file position, so worker
-    processes forked from this one share both.
+    The zip's directory is read once and kept as plain numbers, and `os.pread` has no file position,
+    so worker processes forked from this one share both.
     """
 
     def __init__(self, path: str | Path):
-        self.path = Path(path)
-        self.archive = None
+        self.path, self.archive = Path(path), None
         if self.path.is_file():
-            if not zipfile.is_zipfile(self.path):
-                raise ValueError(f"--image_folder {path}: neither a folder nor a .zip")
-            with zipfile.ZipFile(self.path) as archive:
-                self.entries = {i.filename: (i.header_offset, i.compress_size, i.compress_type, i.CRC)
-                                for i in archive.infolist() if not i.is_dir()}
+            try:
+                with zipfile.ZipFile(self.path) as archive:
+                    self.entries = {
+                        i.filename: (i.header_offset, i.compress_size, i.compress_type, i.CRC)
+                        for i in archive.infolist()}
+            except Exception as error:  # zipfile, too, raises nearly anything
+                raise ValueError(f"--image_folder {path}: neither a folder nor a whole .zip "
+                                 f"({error})") from None
             self.archive = os.open(self.path, os.O_RDONLY)
         elif not self.path.is_dir():
             raise FileNotFoundError(f"--image_folder {path}: no such folder or .zip")
 
     def read(self, name: str) -> bytes:
-        """The bytes of one picture; FileNotFoundError, or ValueError where the archive is damaged."""
+        """A picture's bytes; FileNotFoundError, or ValueError where the archive is damaged."""
         if self.archive is None:
             try:
                 return (self.path / name).read_bytes()
             except (OSError, ValueError) as error:
-                raise FileNotFoundError(f"picture {self.path / name}: {error.__class__.__name__}") from None
+                reason = type(error).__name__
+                raise FileNotFoundError(f"picture {self.path / name}: {reason}") from None
         if name not in self.entries:
             raise FileNotFoundError(f"picture {name}: not in {self.path}")
         offset, size, method, crc = self.entries[name]
-        # A local header is 30 bytes and two strings, whose lengths are its last two fields.
-        header = os.pread(self.archive, 30, offset)
-        start = offset + 30 + sum(struct.unpack("<2H", header[26:])) if len(header) == 30 else offset
-        data = os.pread(self.archive, size, start)
         try:
+            # A local header is 30 bytes and two strings, whose lengths are its last two fields.
+            strings = struct.unpack("<2H", os.pread(self.archive, 30, offset)[26:])
+            data = os.pread(self.archive, size, offset + 30 + sum(strings))
             data = zlib.decompress(data, -15) if method == zipfile.ZIP_DEFLATED else data
-        except zlib.error as error:
-            raise ValueError(f"picture {name} in {self.path}: {error}") from None
+        except (OSError, struct.error, zlib.error) as error:
+            raise ValueError(f"picture {name} in {self.path}: damaged ({error})") from None
         if zlib.crc32(data) != crc:
             raise ValueError(f"picture {name} in {self.path}: damaged (checksum)")
         return data
@@ -149,194 +162,199 @@ class Pictures:
 
 # --- text ---
 
-# LLaVA's conversation templates as Jinja, to the character (llava/conversation.py): the default system text and the
-# rest. BOS stands for the model's start token, or nothing.
+# LLaVA's conversation templates as Jinja, to the character (llava/conversation.py): the default
+# system text and the rest. BOS stands for the model's start token, or nothing.
 _TEMPLATES = {
     "v1": (
-        "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
-        "detailed, and polite answers to the user's questions.",
-        "{{ BOS + system + ' ' }}{%- for turn in turns -%}{%- if turn.role == 'user' -%}"
-        "{{ 'USER: ' + turn.content + ' ' }}{%- else -%}{{ 'ASSISTANT: ' + turn.content + eos_token }}"
-        "{%- endif -%}{%- endfor -%}{{ 'ASSISTANT:' if add_generation_prompt else '' }}"),
+        "A chat between a curious user and an artificial intelligence assistant. "
+        "The assistant gives helpful, detailed, and polite answers to the user's questions.",
+        "{{ BOS + system + ' ' }}"
+        "{%- for turn in turns -%}"
+        "{%- if turn.role == 'user' -%}{{ 'USER: ' + turn.content + ' ' }}"
+        "{%- else -%}{{ 'ASSISTANT: ' + turn.content + eos_token }}{%- endif -%}"
+        "{%- endfor -%}"
+        "{{ 'ASSISTANT:' if add_generation_prompt else '' }}"),
     "llava_llama_2": (
-        "You are a helpful language and vision assistant. You are able to understand the visual content that the "
-        "user provides, and assist the user with a variety of tasks using natural language.",
-        "{%- for turn in turns -%}{%- if turn.role == 'user' -%}{{ BOS + '[INST] ' }}{%- if loop.first and system -%}"
-        "{{ '<<SYS>>\n' + system + '\n<</SYS>>\n\n' }}{%- endif -%}{{ turn.content + ' [/INST]' }}"
-        "{%- else -%}{{ ' ' + turn.content + ' ' + eos_token }}{%- endif -%}{%- endfor -%}"),
+        "You are a helpful language and vision assistant. You are able to understand the visual "
+        "content that the user provides, and assist the user with a variety of tasks using natural "
+        "language.",
+        "{%- for turn in turns -%}"
+        "{%- if turn.role == 'user' -%}{{ BOS + '[INST] ' }}"
+        "{%- if loop.first and system -%}{{ '<<SYS>>\n' + system + '\n<</SYS>>\n\n' }}{%- endif -%}"
+        "{{ turn.content + ' [/INST]' }}"
+        "{%- else -%}{{ ' ' + turn.content + ' ' + eos_token }}{%- endif -%}"
+        "{%- endfor -%}"),
     "chatml_direct": (
         "Answer the questions.",
-        "{{ BOS + '<|im_start|>system\n' + system + '<|im_end|>' }}{%- for turn in turns -%}"
-        "{{ '<|im_start|>' + turn.role + '\n' + turn.content + '<|im_end|>' }}{%- endfor -%}"
+        "{{ BOS + '<|im_start|>system\n' + system + '<|im_end|>' }}"
+        "{%- for turn in turns -%}"
+        "{{ '<|im_start|>' + turn.role + '\n' + turn.content + '<|im_end|>' }}"
+        "{%- endfor -%}"
         "{{ '<|im_start|>assistant\n' if add_generation_prompt else '' }}"),
 }
 VERSIONS = ["plain", *_TEMPLATES, "own"]
 
-# Put in front of a template, this lets it take content as a string and as a list of parts, whichever it knows.
-_EITHER_CONTENT = (
-    "{%- set both = namespace(messages=[], text='') -%}{%- for message in messages -%}{%- set both.text = '' -%}"
-    "{%- for part in ([{'text': message.content}] if message.content is string else message.content) -%}"
-    "{%- set both.text = both.text + ('<image>\n' if part.type == 'image' else part.text) -%}{%- endfor -%}"
-    "{%- set both.messages = both.messages + [dict(message, content=CONTENT)] -%}{%- endfor -%}"
+# Put in front of a template, these let it take content as a string and as a list of parts: one
+# hands it on as a string, the other as a list.
+_AS_STRING = (
+    "{%- set both = namespace(messages=[], text='') -%}"
+    "{%- for message in messages -%}"
+    "{%- set both.text = '' -%}"
+    "{%- set string = message.content is string -%}"
+    "{%- for part in ([{'text': message.content}] if string else message.content) -%}"
+    "{%- set both.text = both.text + ('<image>\n' if part.type == 'image' else part.text) -%}"
+    "{%- endfor -%}"
+    "{%- set both.messages = both.messages + [dict(message, content=both.text)] -%}"
+    "{%- endfor -%}"
     "{%- set messages = both.messages -%}")
-_AS_STRING = _EITHER_CONTENT.replace("CONTENT", "both.text")
-_AS_PARTS = _EITHER_CONTENT.replace("CONTENT", "[{'type': 'text', 'text': both.text}]")
+_AS_PARTS = _AS_STRING.replace("content=both.text", "content=[{'type': 'text', 'text': both.text}]")
 
 
 def chat_template(version: str, tokenizer) -> str:
     """The Jinja template of one of LLaVA's `--version` names, for this tokenizer."""
     system, body = _TEMPLATES[version]
-    return ("{%- set own = messages[0].role == 'system' -%}{%- set turns = messages[1:] if own else messages -%}"
+    return ("{%- set own = messages[0].role == 'system' -%}"
+            "{%- set turns = messages[1:] if own else messages -%}"
             f"{{%- set system = messages[0].content if own else {json.dumps(system)} -%}}"
             + body.replace("BOS", "bos_token" if starts_with_bos(tokenizer) else "''"))
 
 
 def starts_with_bos(tokenizer) -> bool:
-    """Whether the tokenizer puts a start token first. Only ids tell: `add_bos_token` and `bos_token` mislead."""
-    return tokenizer.bos_token_id is not None and tokenizer("a").input_ids[0] == tokenizer.bos_token_id
+    """Whether the tokenizer puts a start token first. Only ids tell: `add_bos_token` misleads."""
+    bos = tokenizer.bos_token_id
+    return bos is not None and tokenizer("a").input_ids[0] == bos
 
 
 class ChatText:
-    """From a conversation to token ids and labels: the one contract for training, chat and evaluation.
+    """From a conversation to token ids and labels: the contract for training, chat and evaluation.
 
     The template is rendered as a whole and the whole string is tokenized, so the ids are those that
-    `apply_chat_template` gives anyone. Labels come from positions in that string, never from comparing ids:
+    `apply_chat_template` gives anyone. Labels come from positions in that string, never from
+    comparing ids:
 
-        <|im_start|>user\\n<image>\\nWhat is it?<|im_end|>\\n<|im_start|>assistant\\nA frog.<|im_end|>\\n
-        ........................... prompt, ignored .......................^^^^^^^^^^^^^^^^^..
-                                                                           supervised: answer and end token
+    <|im_start|>user\\n<image>\\nWhat?<|im_end|>\\n<|im_start|>assistant\\nA frog.<|im_end|>\\n
+    ......................... prompt, ignored ....................^^^^^^^^^^^^^^^^^..
+                                                                  answer and end token
     """
 
-    # Control strings inside a record's text are rendered as characters that no text has, and so pass through
-    # template and tokenizer without a meaning; their plain spelling is put back among the ids.
-    LEAD = "\U0010FFFD"
+    # Put behind every character of a control string in a record, this makes it ordinary text, for
+    # the template as for the tokenizer; its ids are taken out again.
+    CUT = "\U0010FFFF"  # no character
 
     def __init__(self, tokenizer, version: str = "own"):
         if version not in VERSIONS:
             raise ValueError(f"--version {version}: offered are {', '.join(VERSIONS)}")
+        if IMAGE not in tokenizer.get_added_vocab():
+            raise ValueError(f"the tokenizer has no token {IMAGE}: `model.py build` adds it")
         self.tokenizer, self.version = tokenizer, version
+        self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE)
         self.bos = [tokenizer.bos_token_id] if starts_with_bos(tokenizer) else []
-        if version in _TEMPLATES:
-            tokenizer.chat_template = chat_template(version, tokenizer)
-        control = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
-        control = sorted(control | set(tokenizer.all_special_tokens) | {IMAGE}, key=len, reverse=True)
+        special = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
+        control = sorted({*special, *tokenizer.all_special_tokens, IMAGE}, key=len, reverse=True)
         self.control = re.compile("|".join(map(re.escape, control)))
-        self.stand_in = {text: chr(ord(self.LEAD) - 1 - i) for i, text in enumerate(control)}
-        self.spelling = {}  # stand-in > (its ids, the ids of the control string as plain text), made on demand
+        once, twice = (tokenizer(self.CUT * n, add_special_tokens=False).input_ids for n in (1, 2))
+        self.cut_ids = twice[len(once):]
         if version == "plain":
-            self.stop_ids = [i for i in range(len(tokenizer)) if "\n" in tokenizer.decode([i])]
+            pieces = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
+            self.stop_ids = [i for i, piece in enumerate(pieces) if "\n" in piece]
         else:
-            self._adopt_template()
+            own = tokenizer.chat_template and tokenizer.get_chat_template()  # of several, the default
+            self.adopt_template(own if version == "own" else chat_template(version, tokenizer))
 
-    def _adopt_template(self):
-        """Lets the template take both kinds of content, refuses one that cannot teach, and finds what ends an answer."""
-        template = self.tokenizer.chat_template
+    def adopt_template(self, template: str | None):
+        """Lets it take strings and parts, refuses what cannot teach, finds what ends an answer."""
         if not template:
             raise ValueError("the model folder has no chat template: name one with --version v1")
-        probe = [{"role": "user", "content": "Qx7"}, {"role": "assistant", "content": "Ax7"}]
-        if not template.startswith((_AS_STRING, _AS_PARTS)):
+        probe = [{"role": role, "content": text} for role, text in (
+            ("user", "Q1x"), ("assistant", "A1x"), ("user", "Q2x"), ("assistant", "A2x"))]
+        if template.startswith((_AS_STRING, _AS_PARTS)):
+            self.tokenizer.chat_template = template
+        else:
             self.tokenizer.chat_template = _AS_STRING + template
             try:
-                knows_strings = "Qx7" in self.render(probe[:1])
+                knows_strings = "Q1x" in self.render(probe[:1])
             except ValueError:
                 knows_strings = False
-            self.tokenizer.chat_template = (_AS_STRING if knows_strings else _AS_PARTS) + template
-        text, spans = self.layout(probe)
-        ids = self.encode(text[:spans[-1][1]])
-        self.stop_ids = sorted({ids[-1], self.tokenizer.eos_token_id} - {None})
+            if not knows_strings:
+                self.tokenizer.chat_template = _AS_PARTS + template
+        text, edges = self.layout(probe)
+        ends = {self.encode(text[:end])[-1] for end in edges[1::2]}
+        self.stop_ids = sorted(ends | {self.tokenizer.eos_token_id} - {None})
 
     def render(self, messages: list[dict], prompt: bool = False) -> str:
         """The template's text for `messages`; with `prompt` it ends where an answer begins."""
         try:
-            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+            return self.tokenizer.apply_chat_template(messages, tokenize=False,
+                                                      add_generation_prompt=prompt)
         except (TemplateError, TypeError) as error:
             raise ValueError(f"the chat template refuses this conversation: {error}") from None
 
-    def layout(self, messages: list[dict], prompt: bool = False) -> tuple[str, list[tuple[int, int]]]:
-        """The rendered text and the spans (start, end) in it that are supervised, one for each answer."""
+    def layout(self, messages: list[dict], prompt: bool = False) -> tuple[str, list[int]]:
+        """The rendered text, and where answers begin and end in it: (text, [from, to, from ..])."""
         if self.version == "plain":
-            caption = "" if prompt else messages[-1]["content"] + "\n"
-            return IMAGE + caption, [] if prompt else [(len(IMAGE), len(IMAGE + caption))]
-        text, spans = self.render(messages, prompt), []
+            if len(messages) != 2 or messages[0]["content"].count(IMAGE) != 1:
+                raise ValueError("--version plain takes one human and one gpt turn with one "
+                                 "picture: name another template")
+            text = IMAGE + messages[1]["content"] + "\n"
+            return text, [len(IMAGE), len(text)]
+        text, edges = self.render(messages, prompt), []
         for k, message in enumerate(messages):
+            content = message["content"].strip()
             if message["role"] == "assistant":
                 before = self.render(messages[:k], prompt=True)
                 if not text.startswith(before):
-                    raise ValueError("the chat template's generation prompt does not begin its rendering of an "
-                                     "answer: name another with --version v1")
+                    raise ValueError("the chat template's generation prompt does not begin its "
+                                     "rendering of an answer: name another with --version v1")
                 end = self.control.search(text, len(before))
-                if not end or text[len(before):end.start()].strip() != message["content"].strip():
-                    raise ValueError("the chat template puts no end token behind an answer, so the model would never "
-                                     "learn to stop: name another with --version v1")
-                spans.append((len(before), end.end()))
-            elif message["role"] == "system" and message["content"].strip() not in text:
-                raise ValueError("the chat template drops the system turn: remove it, or name another template "
-                                 "with --version v1")
-        return text, spans
+                if not end or not text[len(before):end.start()].rstrip().endswith(content):
+                    raise ValueError("the chat template puts no end token behind an answer, so the "
+                                     "model would never learn to stop: name another with "
+                                     "--version v1")
+                edges += [len(before), end.end()]
+            elif content not in text:
+                raise ValueError(f"the chat template drops the {message['role']} turn: remove it, "
+                                 "or name another template with --version v1")
+        return text, edges
 
-    def ids_and_labels(self, messages: list[dict], prompt: bool = False) -> tuple[list[int], list[int]]:
+    def ids_and_labels(self, messages: list[dict], prompt: bool = False) -> tuple[list, list]:
         """Token ids (t,) with one <image> id for each picture, and labels (t,): the id, or -100.
 
-        They grow together, span by span, so a prompt's ids always begin the ids of any conversation it begins.
+        They grow together, from edge to edge, so a prompt's ids always begin the ids of any
+        conversation that it begins.
         """
-        text, spans = self.layout([{**m, "content": self._protect(m)} for m in messages], prompt)
-        ids, labels, done = [], [], 0
-        for start, end in [*spans, (len(text), len(text))]:
-            ids = self._extend(ids, text, done, start)
-            labels += [IGNORE] * (len(ids) - len(labels))
-            ids = self._extend(ids, text, start, end)
-            labels += ids[len(labels):]
-            done = end
+        text, edges = self.layout([{**m, "content": self.protect(m)} for m in messages], prompt)
+        ids, labels, start = [], [], 0
+        for k, end in enumerate([*edges, len(text)]):
+            whole = self.encode(text[:end])
+            if whole[:len(ids)] == ids:
+                ids = whole
+            else:  # a token would straddle the edge
+                ids = ids + self.encode(self.CUT + text[start:end])[len(self.encode(self.CUT)):]
+            labels += ids[len(labels):] if k % 2 else [IGNORE] * (len(ids) - len(labels))
+            start = end
         return ids, labels
 
-    def _extend(self, ids: list[int], text: str, start: int, end: int) -> list[int]:
-        """The ids of text[:end], given those of text[:start]: the tokenizer's own, unless a token would straddle."""
-        if start == end and ids:
-            return ids
-        whole = self.encode(text[:end])
-        return whole if whole[:len(ids)] == ids else ids + self._tail(self.encode, text[start:end])
-
     def encode(self, text: str) -> list[int]:
-        """The tokenizer's ids for a rendered text, with exactly one start token where the model has one."""
-        ids = self._tokenize(text)
+        """The tokenizer's ids, with one start token where the model has one, and without cuts."""
+        ids = self.tokenizer(text, add_special_tokens=False).input_ids
         ids = ids if ids[:1] == self.bos else self.bos + ids
-        for control, char in self.stand_in.items():
-            if char in text:
-                ids = self._spell_out(ids, control, char, text.count(char))
+        if cuts := text.count(self.CUT):
+            as_text, cut = "".join(map(chr, ids)), "".join(map(chr, self.cut_ids))
+            if not cut or as_text.count(cut) != cuts:
+                raise ValueError("this tokenizer cannot encode a control string (</s>, <image> ..) "
+                                 "as plain text: remove it from the row")
+            ids = list(map(ord, as_text.replace(cut, "")))
         return ids
 
-    def _tokenize(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False).input_ids
-
-    def _tail(self, encode, text: str) -> list[int]:
-        """The ids of a text in the midst of another, without what a tokenizer puts in front of a string."""
-        lead, ids = encode(self.LEAD), encode(self.LEAD + text)
-        if not lead or ids[:len(lead)] != lead:
-            raise ValueError(f"this tokenizer cannot encode {text!r} as plain text: remove it from the record")
-        return ids[len(lead):]
-
-    def _spell_out(self, ids: list[int], control: str, char: str, count: int) -> list[int]:
-        """`ids` with the plain spelling of `control` at the `count` places where its stand-in is."""
-        if char not in self.spelling:  # cut in two, a control string is ordinary text
-            plain = self._tail(self._tokenize, control[:1]) + self._tail(self._tokenize, control[1:])
-            self.spelling[char] = self._tail(self._tokenize, char), plain
-        stand_in, plain = self.spelling[char]
-        out, i = [], 0
-        while i < len(ids):
-            found = ids[i:i + len(stand_in)] == stand_in
-            out += plain if found else ids[i:i + 1]
-            i += len(stand_in) if found else 1
-            count -= found
-        if count:
-            raise ValueError(f"this tokenizer cannot encode {control!r} as plain text: remove it from the record")
-        return out
-
-    def _protect(self, message: dict) -> str:
-        """The text of a turn with every control string replaced by its stand-in: a record is never control."""
+    def protect(self, message: dict) -> str:
+        """The text of a turn with every control string cut, but for a human's <image>."""
+        if re.search("[\ud800-\udfff\U0010FFFF]", message["content"]):
+            raise ValueError("the text has half a surrogate pair or U+10FFFF in it, which is no "
+                             "character: remove it")
         keep = IMAGE if message["role"] == "user" else None
-        if any(char in message["content"] for char in (self.LEAD, *self.stand_in.values())):
-            raise ValueError("the text has characters of Unicode's last private plane: remove them")
-        return self.control.sub(lambda m: m[0] if m[0] == keep else self.stand_in[m[0]], message["content"])
+        return self.control.sub(lambda m: m[0] if m[0] == keep else self.CUT.join([*m[0], ""]),
+                                message["content"])
+
 
 # --- records ---
 
@@ -345,180 +363,182 @@ ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
 
 
 def parse_record(row: dict) -> tuple[list[dict], list[str]]:
-    """The turns as {role, content} and the names of the pictures; ValueError with the fix where the row is wrong."""
+    """The turns as {role, content} and the pictures' names; ValueError, with the fix, if wrong."""
     turns = row.get("conversations") if isinstance(row, dict) else None
-    if not isinstance(turns, list) or not all(isinstance(t, dict) and isinstance(t.get("value"), str) for t in turns):
-        raise ValueError('expected {"id", "image", "conversations": [{"from": "human" or "gpt", "value": "..."}, ...]}')
-    unknown = [t.get("from") for t in turns if not isinstance(t.get("from"), str) or t["from"] not in ROLES]
-    if unknown:
-        raise ValueError(f'"from": {unknown[0]!r} is not a role: use human and gpt (and system, first)')
+    if not isinstance(turns, list) or not all(
+            isinstance(t, dict) and isinstance(t.get("value"), str) for t in turns):
+        raise ValueError('expected {"id", "image", "conversations": [{"from": "human" or "gpt", '
+                         '"value": "..."}, ...]}')
+    for turn in turns:
+        if turn.get("from") not in list(ROLES):
+            raise ValueError(f'"from": {turn.get("from")!r} is no role: use human and gpt (and '
+                             "system, first)")
     messages = [{"role": ROLES[t["from"]], "content": t["value"]} for t in turns]
-    dialogue = messages[1:] if messages and messages[0]["role"] == "system" else messages
-    if dialogue and dialogue[-1]["role"] == "user":  # a question without an answer teaches nothing
-        dialogue = dialogue[:-1]
-        messages = messages[:-1]
-    if not dialogue:
-        raise ValueError("there is no gpt turn, so there is nothing to learn: add an answer")
-    for i, message in enumerate(dialogue):
+    first = int(bool(messages) and messages[0]["role"] == "system")
+    for i, message in enumerate(messages[first:]):
         if message["role"] != ("user", "assistant")[i % 2]:
-            raise ValueError(f"turn {i + 1} is {message['role']}'s: human and gpt must alternate, human first")
-    images = row.get("image")
-    images = [] if images is None else images if isinstance(images, list) else [images]
+            raise ValueError(f"turn {i + 1} is {turns[first + i]['from']}'s: human and gpt must "
+                             "alternate, human first")
+    if messages and messages[-1]["role"] == "user":  # a question without an answer teaches nothing
+        messages.pop()
+    if len(messages) == first:
+        raise ValueError("there is no gpt turn, so there is nothing to learn: add an answer")
+    images = image_list(row)
     if not all(isinstance(name, str) for name in images):
         raise ValueError('"image" is neither a file name nor a list of file names')
     count = sum(m["content"].count(IMAGE) for m in messages if m["role"] == "user")
     if count != len(images):
-        raise ValueError(f"{len(images)} picture(s) but {count} {IMAGE} in the human turns: "
-                         f'write one {IMAGE} where each picture belongs, and name each in "image"')
+        raise ValueError(f"{len(images)} picture(s) but {count} {IMAGE} in the human turns: write "
+                         f'one {IMAGE} where each picture belongs, and name each in "image"')
     return messages, images
+
+
+def image_list(row: dict) -> list[str]:
+    images = row.get("image")
+    return [] if images is None else images if isinstance(images, list) else [images]
+
+
+def read_rows(path: Path):
+    """Yields the rows of a .json or .jsonl file; ValueError names the line that is not JSON."""
+    if not path.is_file():
+        raise FileNotFoundError(f"--data_path {path}: no such file")
+    by_line, text = path.suffix == ".jsonl", path.read_bytes()
+    for number, chunk in enumerate(text.split(b"\n") if by_line else [text]):
+        if by_line and not chunk.strip():
+            continue
+        try:
+            rows = json.loads(chunk)
+        except (ValueError, RecursionError) as error:  # or not UTF-8, or beyond Python's limits
+            line, reason = number + getattr(error, "lineno", 1), getattr(error, "msg", error)
+            raise ValueError(f"{path}: line {line}: not JSON ({reason})") from None
+        if not by_line and not isinstance(rows, list):
+            raise ValueError(f"{path}: expected a list of rows, found {type(rows).__name__}")
+        yield from [rows] if by_line else rows
 
 
 class Records:
     """The rows of a .json or .jsonl file, packed in one buffer.
 
-    Worker processes share a buffer for good; a list of dicts they would copy page by page, because reading a Python
-    object writes its reference count. `lengths` estimates each row's tokens from its characters, for the sampler.
+    Worker processes share a buffer for good; a list of dicts they would copy page by page, because
+    reading a Python object writes its reference count. `lengths` estimates each row's tokens from
+    its characters, for the sampler.
     """
 
     def __init__(self, path: str | Path, tokens_per_picture: int = 576):
         self.path = Path(path)
-        packed, self.lengths, self.has_picture = [], [], []
-        for row in self._rows():
-            turns = row.get("conversations") if isinstance(row, dict) else None
-            text = sum(len(str(t.get("value"))) for t in turns if isinstance(t, dict)) if isinstance(turns, list) else 0
-            images = row.get("image") if isinstance(row, dict) else None
-            pictures = len(images) if isinstance(images, list) else int(images is not None)
-            self.lengths.append(text // 4 + pictures * tokens_per_picture + 1)
-            self.has_picture.append(pictures > 0)
+        packed, lengths, pictures = [], [], []
+        for row in read_rows(self.path):
+            fields = row if isinstance(row, dict) else {}
+            text, images = json.dumps(fields.get("conversations")), image_list(fields)
+            lengths.append(len(text) // 4 + len(images) * tokens_per_picture)
+            pictures.append(len(images) > 0)
             packed.append(json.dumps(row, ensure_ascii=False).encode("utf-8", "surrogatepass"))
         if not packed:
             raise ValueError(f"{self.path}: no rows")
-        self.lengths, self.has_picture = np.array(self.lengths), np.array(self.has_picture)
+        self.lengths, self.has_picture = np.array(lengths), np.array(pictures)
         self.ends = np.cumsum([len(row) for row in packed])
         self.buffer = np.frombuffer(b"".join(packed), np.uint8)
-
-    def _rows(self):
-        if not self.path.is_file():
-            raise FileNotFoundError(f"--data_path {self.path}: no such file")
-        line = 0
-        try:
-            if self.path.suffix == ".jsonl":
-                with open(self.path, encoding="utf-8") as file:
-                    for line, text in enumerate(file):
-                        if text.strip():
-                            yield json.loads(text)
-                return
-            rows = json.loads(self.path.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{self.path}: line {line + error.lineno}: not JSON ({error.msg})") from None
-        except (UnicodeDecodeError, RecursionError) as error:
-            raise ValueError(f"{self.path}: not JSON ({error})") from None
-        if not isinstance(rows, list):
-            raise ValueError(f"{self.path}: expected a list of rows, found {type(rows).__name__}")
-        yield from rows
 
     def __len__(self) -> int:
         return len(self.ends)
 
     def __getitem__(self, i: int) -> dict:
-        start = self.ends[i - 1] if i else 0
-        return json.loads(self.buffer[start:self.ends[i]].tobytes().decode("utf-8", "surrogatepass"))
+        return json.loads(self.buffer[self.ends[i - 1] if i else 0:self.ends[i]].tobytes())
 
     def where(self, i: int) -> str:
         row = self[i]
-        return f"{self.path}: row {i} (id {row.get('id')})" if isinstance(row, dict) else f"{self.path}: row {i}"
+        return f"{self.path}: row {i}" + (f" (id {row.get('id')})" if isinstance(row, dict) else "")
 
 
 # --- rows and batches ---
 
 
 class LlavaDataset(torch.utils.data.Dataset):
-    """Rows as tensors. Item i is a dict: input_ids, labels (t,) int64 with one <image> id for each picture,
-    pixel_values (n, 3, S, S) float32, row (its number), cut (tokens lost to `max_length`), fault (None, or why it
-    was skipped). Item -1, and a skipped row, is a row of weight 0: it keeps a place and counts for nothing.
+    """Rows as tensors. Item i is a dict:
 
-    max_length counts tokens after each picture has become `tokens_per_picture` of them. on_bad_record is `stop` (a
-    ValueError or FileNotFoundError names the row) or `skip`.
+    input_ids, labels (t,) int64   one <image> id for each picture
+    pixel_values (n, 3, S, S)      float32
+    row, cut, fault                number; tokens lost to `max_length`; None, or why it was skipped
+
+    Item -1, and a skipped row, is a row of weight 0: it keeps a place and counts for nothing.
+    `max_length` counts tokens after each picture has become `tokens_per_picture` of them.
+    `on_bad_record` is `stop` (a ValueError names the row) or `skip`.
     """
 
-    def __init__(self, records, pictures, text, transform, tokens_per_picture, max_length=2048, on_bad_record="stop"):
+    def __init__(self, records, pictures, text, transform, tokens_per_picture, max_length=2048,
+                 on_bad_record="stop"):
         self.records, self.pictures, self.text, self.transform = records, pictures, text, transform
-        self.tokens_per_picture, self.max_length, self.on_bad_record = tokens_per_picture, max_length, on_bad_record
-        self.image_token_id = text.tokenizer.convert_tokens_to_ids(IMAGE)
+        self.tokens_per_picture, self.max_length = tokens_per_picture, max_length
+        self.on_bad_record, self.image_token_id = on_bad_record, text.image_token_id
 
     def __len__(self) -> int:
         return len(self.records)
 
     def __getitem__(self, i: int) -> dict:
-        if i < 0:
-            return self.weightless(i, None)
-        try:
-            return self.load(i)
-        except (ValueError, FileNotFoundError) as error:
-            if self.on_bad_record == "skip":
-                return self.weightless(i, f"{self.records.where(i)}: {error}")
-            raise type(error)(f"{self.records.where(i)}: {error}") from None
+        fault = None
+        if i >= 0:
+            try:
+                return self.load(i)
+            except (ValueError, FileNotFoundError) as error:
+                fault = f"{self.records.where(i)}: {error}"
+            if self.on_bad_record == "stop":
+                raise ValueError(fault)
+        return self.item(i, [0], [IGNORE], [], fault=fault)
 
-    def weightless(self, i: int, fault: str | None) -> dict:
-        return {"input_ids": torch.zeros(1, dtype=torch.long), "labels": torch.full((1,), IGNORE), "row": i,
-                "pixel_values": torch.zeros(0, 3, self.transform.size, self.transform.size), "cut": 0, "fault": fault}
+    def item(self, i: int, ids, labels, pixels, cut: int = 0, fault: str | None = None) -> dict:
+        size = self.transform.size
+        pixels = np.array(pixels, np.float32).reshape(-1, 3, size, size)  # n may be 0
+        return {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels),
+                "pixel_values": torch.from_numpy(pixels), "row": i, "cut": cut, "fault": fault}
 
     def load(self, i: int) -> dict:
         messages, names = parse_record(self.records[i])
-        ids, labels = self.text.ids_and_labels(check_plain(messages, names) if self.text.version == "plain" else messages)
-        ids, labels, cut = self.truncate(torch.tensor(ids), torch.tensor(labels))
-        pixels = [torch.from_numpy(self.transform(decode(self.pictures, name))) for name in names]
-        pixels = torch.stack(pixels) if pixels else self.weightless(i, None)["pixel_values"]
-        return {"input_ids": ids, "labels": labels, "pixel_values": pixels, "row": i, "cut": cut, "fault": None}
+        ids, labels = self.text.ids_and_labels(messages)
+        keep = self.fit(ids, labels)
+        pixels = [self.transform(decode_picture(self.pictures.read(name), name)) for name in names]
+        return self.item(i, ids[:keep], labels[:keep], pixels, cut=len(ids) - keep)
 
-    def truncate(self, ids: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
-        """Cuts a row that is longer than `max_length` at its end; never through, or in front of, a picture."""
-        width = torch.where(ids == self.image_token_id, self.tokens_per_picture, 1).cumsum(0)
-        keep = width <= self.max_length
-        if (ids[~keep] == self.image_token_id).any():
-            raise ValueError(f"the row has {width[-1]} tokens, and --model_max_length {self.max_length} would cut off a "
-                             "picture: raise it, or split the row")
-        if not (labels[keep] != IGNORE).any():
-            raise ValueError(f"nothing is left to learn from at --model_max_length {self.max_length}, as the row has "
-                             f"{width[-1]} tokens: raise it")
-        return ids[keep], labels[keep], int((~keep).sum())
-
-
-def check_plain(messages: list[dict], names: list[str]) -> list[dict]:
-    if len(messages) != 2 or len(names) != 1:
-        raise ValueError("--version plain takes one human and one gpt turn with one picture: name another template")
-    return messages
+    def fit(self, ids: list[int], labels: list[int]) -> int:
+        """How many ids fit into `max_length`: an answer may lose its end, a row never a picture."""
+        widths = np.where(np.array(ids) == self.image_token_id, self.tokens_per_picture, 1).cumsum()
+        keep = int((widths <= self.max_length).sum())
+        if self.image_token_id in ids[keep:]:
+            raise ValueError(f"the row has {widths[-1]} tokens, and --model_max_length "
+                             f"{self.max_length} would cut off a picture: raise it")
+        if all(label == IGNORE for label in labels[:keep]):
+            raise ValueError(f"the row has {widths[-1]} tokens, and nothing is left to learn from "
+                             f"at --model_max_length {self.max_length}: raise it")
+        return keep
 
 
-def decode(pictures: Pictures, name: str) -> Image.Image:
-    data = pictures.read(name)
-    try:
-        return decode_picture(data)
-    except ValueError as error:
-        raise ValueError(f"picture {name}: {error}") from None
-
-
-def open_dataset(data_path, image_folder, model_folder, version="own", aspect_ratio=None, max_length=2048,
-                 on_bad_record="stop", text=None) -> LlavaDataset:
-    """The rows of a file as a model's folder wants them: its tokenizer and template, its pictures, its token counts."""
-    config = json.loads((Path(model_folder) / "config.json").read_text())
-    vision = config["vision_config"]
-    tokens_per_picture = (vision["image_size"] // vision["patch_size"]) ** 2
-    tokens_per_picture += config.get("vision_feature_select_strategy") == "full"  # the CLS token
+def open_dataset(data_path, image_folder, model_folder, version="own", aspect_ratio=None,
+                 max_length=2048, on_bad_record="stop", text=None) -> LlavaDataset:
+    """The rows of a file as a model's folder wants them: its template, its pictures, its counts."""
+    if not (Path(model_folder) / "config.json").is_file():
+        raise FileNotFoundError(f"--model_name_or_path {model_folder}: no config.json there")
+    config = AutoConfig.from_pretrained(model_folder)
+    if config.model_type != "llava":
+        raise ValueError(f"--model_name_or_path {model_folder}: not a LLaVA folder, but "
+                         f"{config.model_type}: make one with `model.py build`")
+    vision = config.vision_config
+    tokens_per_picture = (vision.image_size // vision.patch_size) ** 2
+    tokens_per_picture += config.vision_feature_select_strategy == "full"  # the CLS token
     records = Records(data_path, tokens_per_picture)
     if records.has_picture.any() and not image_folder:
         raise ValueError(f"{data_path} has pictures: say where with --image_folder")
+    pictures = Pictures(image_folder) if image_folder else None
     text = text or ChatText(AutoTokenizer.from_pretrained(model_folder), version)
-    return LlavaDataset(records, Pictures(image_folder) if image_folder else None, text,
-                        PictureTransform.from_pretrained(model_folder, aspect_ratio), tokens_per_picture, max_length,
+    transform = PictureTransform.from_pretrained(model_folder, aspect_ratio)
+    return LlavaDataset(records, pictures, text, transform, tokens_per_picture, max_length,
                         on_bad_record)
 
 
 class Collator:
-    """Makes a batch of rows: each <image> id becomes `tokens_per_picture` of them, and rows are padded on the right.
+    """Makes a batch: each <image> id becomes `tokens_per_picture`, rows are padded on the right.
 
-    input_ids, labels (B, T) int64; pixel_values (N, 3, S, S), in the order of the <image> ids. There is no attention
-    mask: causal attention never looks at what comes after, and what stands in padded positions has no label.
+    input_ids, labels (B, T) int64; pixel_values (N, 3, S, S), in the order of the <image> ids.
+    There is no attention mask: causal attention never looks at what comes after, and what stands in
+    padded positions has no label.
     """
 
     def __init__(self, image_token_id: int, tokens_per_picture: int):
@@ -528,37 +548,37 @@ class Collator:
         input_ids, labels = [], []
         for row in rows:
             is_image = row["input_ids"] == self.image_token_id
-            assert is_image.sum() == len(row["pixel_values"]), (
-                f"row {row['row']}: {is_image.sum()} {IMAGE} ids for {len(row['pixel_values'])} pictures")
+            wanted, given = int(is_image.sum()), len(row["pixel_values"])
+            assert wanted == given, f"row {row['row']}: {wanted} {IMAGE} ids for {given} pictures"
             times = torch.where(is_image, self.tokens_per_picture, 1)
             input_ids.append(row["input_ids"].repeat_interleave(times))  # (T,)
-            labels.append(row["labels"].repeat_interleave(times))        # an <image> has no label, nor have its copies
+            labels.append(row["labels"].repeat_interleave(times))        # (T,), -100 at pictures
         pad = torch.nn.utils.rnn.pad_sequence
-        return {"input_ids": pad(input_ids, batch_first=True),                        # (B, T)
-                "labels": pad(labels, batch_first=True, padding_value=IGNORE),        # (B, T)
-                "pixel_values": torch.cat([row["pixel_values"] for row in rows]),     # (N, 3, S, S)
+        return {"input_ids": pad(input_ids, batch_first=True),                     # (B, T)
+                "labels": pad(labels, batch_first=True, padding_value=IGNORE),     # (B, T)
+                "pixel_values": torch.cat([row["pixel_values"] for row in rows]),  # (N, 3, S, S)
                 "lengths": [len(ids) for ids in input_ids], "rows": [row["row"] for row in rows],
-                "cut": sum(row["cut"] > 0 for row in rows), "faults": [row["fault"] for row in rows if row["fault"]]}
+                "cut": sum(row["cut"] > 0 for row in rows),
+                "faults": [row["fault"] for row in rows if row["fault"]]}
 
 
-def plan_epoch(lengths, has_picture, global_batch: int, seed: int, epoch: int, by_modality: bool) -> np.ndarray:
-    """The rows of each optimizer step, (steps, global_batch) int64, longest first; -1 where rows are missing.
+def plan_epoch(lengths, has_picture, global_batch: int, seed: int, epoch: int, by_modality: bool):
+    """The rows of each optimizer step: (steps, global_batch) int64, longest first, -1 for none.
 
-    A function of its arguments alone, so ranks, restarts and other splits into micro-batches agree. With
-    `by_modality` a step has rows of one kind (with pictures, or without) and of similar length. The step with the
-    longest row is the first of epoch 0: what does not fit into memory shows at once.
+    A function of its arguments alone, so ranks, restarts and other splits into micro-batches agree.
+    With `by_modality` a step has rows of one kind (with pictures, or without), of similar length.
+    The step with the longest row is the first of epoch 0: what exceeds the memory shows at once.
     """
     rng = np.random.default_rng([seed, epoch])
-    groups = [np.flatnonzero(has_picture), np.flatnonzero(~has_picture)] if by_modality else [np.arange(len(lengths))]
+    with_picture, without = np.flatnonzero(has_picture), np.flatnonzero(~has_picture)
     steps = []
-    for group in groups:
+    for group in [with_picture, without] if by_modality else [np.arange(len(lengths))]:
         rows = rng.permutation(group)
-        if by_modality:  # sort inside stretches of 32 steps: alike within a step, random from epoch to epoch
-            stretch = 32 * global_batch
-            parts = [rows[i:i + stretch] for i in range(0, len(rows), stretch)]
-            rows = np.concatenate([part[np.argsort(-lengths[part], kind="stable")] for part in parts] or [rows])
-        rows = np.append(rows, np.full(-len(rows) % global_batch, -1)).reshape(-1, global_batch)
-        steps.append(rows)
+        if by_modality:  # sorted in stretches of 32 steps: alike in a step, new mates each epoch
+            stretch = np.arange(len(rows)) // (32 * global_batch)
+            rows = rows[np.lexsort((-lengths[rows], stretch))]
+        missing = np.full(-len(rows) % global_batch, -1)
+        steps.append(np.append(rows, missing).reshape(-1, global_batch))
     steps = rng.permutation(np.concatenate(steps))  # (steps, global_batch)
     size = np.where(steps < 0, 0, lengths[steps])
     steps = np.take_along_axis(steps, np.argsort(-size, axis=1, kind="stable"), axis=1)
@@ -569,12 +589,13 @@ def plan_epoch(lengths, has_picture, global_batch: int, seed: int, epoch: int, b
 
 
 class WindowSampler:
-    """Yields this rank's micro-batches, `accumulation` of them for each optimizer step, from `start_step` on.
+    """Yields this rank's micro-batches, `accumulation` of them a step, from `start_step` on.
 
-    Neighbours in length share a micro-batch, and ranks take neighbours, so padding and waiting are least.
+    Neighbours in length share a micro-batch, and ranks take neighbours: least padding and waiting.
     """
 
-    def __init__(self, steps: np.ndarray, accumulation: int, world: int, rank: int, start_step: int = 0):
+    def __init__(self, steps: np.ndarray, accumulation: int, world: int, rank: int,
+                 start_step: int = 0):
         self.rows = steps.reshape(len(steps), accumulation, world, -1)[start_step:, :, rank]
 
     def __len__(self) -> int:
@@ -739,29 +760,27 @@ def toy(out: Path, scenes: int, seed: int):
     return sets
 
 
-
-def image_list(row: dict) -> list[str]:
-    images = row.get("image")
-    return [] if images is None else images if isinstance(images, list) else [images]
-
-
 def show(dataset: LlavaDataset, i: int, as_json: bool):
-    """Prints a row as the model gets it: its pictures, and its tokens with their ids; supervised ones stand out."""
+    """Prints a row as the model gets it: pictures, tokens with ids; supervised ones stand out."""
+    if not 0 <= i < len(dataset):
+        raise ValueError(f"--index {i}: {dataset.records.path} has rows 0 to {len(dataset) - 1}")
     item = dataset[i]
     batch = Collator(dataset.image_token_id, dataset.tokens_per_picture)([item])
     if as_json:
         print(json.dumps({key: batch[key][0].tolist() for key in ("input_ids", "labels")}))
         return
     colour = sys.stdout.isatty()
-    print(f"{dataset.records.where(i)}: {len(item['pixel_values'])} pictures, {batch['input_ids'].shape[1]} tokens, "
-          f"{(item['labels'] != IGNORE).sum()} of them supervised, {item['cut']} cut off")
+    print(f"{dataset.records.where(i)}: {len(item['pixel_values'])} pictures, "
+          f"{batch['lengths'][0]} tokens, {(item['labels'] != IGNORE).sum()} of them supervised, "
+          f"{item['cut']} cut off")
     for pixels in item["pixel_values"] if colour else []:
         print(thumbnail(dataset.transform, pixels.numpy()))
+    before, after = ("\033[30;42m", "\033[0m") if colour else ("[", "]")
     for token, label in zip(item["input_ids"].tolist(), item["labels"].tolist()):
-        text = dataset.text.tokenizer.decode([token]).replace("\n", "\\n\n")
-        text = f"{IMAGE} x {dataset.tokens_per_picture}" if token == dataset.image_token_id else text
-        before, after = ("\033[30;42m", "\033[0m") if colour else ("[", "]")
-        text = text if label == IGNORE else before + text.rstrip("\n") + after + "\n" * text.endswith("\n")
+        text = dataset.text.tokenizer.decode([token]).replace("\n", "\\n")
+        if token == dataset.image_token_id:
+            text = f"{IMAGE} x {dataset.tokens_per_picture}"
+        text = text if label == IGNORE else before + text + after
         print(text, end=f"\033[2m{token}\033[0m " if colour else f"/{token} ")
     print()
 
@@ -769,35 +788,47 @@ def show(dataset: LlavaDataset, i: int, as_json: bool):
 def thumbnail(transform: PictureTransform, pixels: np.ndarray, width: int = 48) -> str:
     """What the tower sees, as coloured half blocks for a terminal: two pixels to a character."""
     rgb = (pixels.transpose(1, 2, 0) - transform.shift) / transform.scale
-    rgb = np.asarray(Image.fromarray(rgb.clip(0, 255).astype(np.uint8)).resize((width, width))).tolist()
-    return "\n".join("".join("\033[38;2;{};{};{}m\033[48;2;{};{};{}m▀".format(*top, *bottom) for top, bottom in zip(*rows))
-                     + "\033[0m" for rows in zip(rgb[::2], rgb[1::2]))
+    rgb = Image.fromarray(rgb.clip(0, 255).astype(np.uint8)).resize((width, width))
+    rgb = np.asarray(rgb).tolist()
+    block = "\033[38;2;{};{};{}m\033[48;2;{};{};{}m▀"
+    lines = ["".join(block.format(*above, *below) for above, below in zip(*rows)) + "\033[0m"
+             for rows in zip(rgb[::2], rgb[1::2])]
+    return "\n".join(lines)
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):  # one line, without the usage
+        self.exit(2, f"{self.prog}: {message}\n")
 
 
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("toy", help="write the built-in data")
     command.add_argument("--out", required=True, help="folder to write to")
     command.add_argument("--scenes", type=int, default=4000, help="rows of each training set")
     command.add_argument("--seed", type=int, default=0)
     command = commands.add_parser("show", help="print a row as the model gets it")
-    command.add_argument("--model_name_or_path", required=True, help="a LLaVA folder: its tokenizer, template, picture size")
-    command.add_argument("--data_path", required=True)
+    command.add_argument("--model_name_or_path", required=True, help="a LLaVA folder")
+    command.add_argument("--data_path", required=True, help=".json or .jsonl in LLaVA's format")
     command.add_argument("--image_folder", help="a folder of pictures, or a .zip")
     command.add_argument("--version", choices=VERSIONS, default="own", help="the template")
     command.add_argument("--image_aspect_ratio", choices=["pad", "square"])
-    command.add_argument("--model_max_length", type=int, default=2048, help="tokens of a row, pictures included")
+    command.add_argument("--model_max_length", type=int, default=2048,
+                         help="tokens of a row, pictures included")
     command.add_argument("--index", type=int, default=0, help="which row, from 0")
     command.add_argument("--json", action="store_true", help="input_ids and labels, for machines")
     args = parser.parse_args(argv)
     try:
         if args.command == "toy":
+            if args.scenes < 1:
+                raise ValueError(f"--scenes {args.scenes}: must be at least 1")
             toy(Path(args.out), args.scenes, args.seed)
         else:
-            show(open_dataset(args.data_path, args.image_folder, args.model_name_or_path, args.version,
-                              args.image_aspect_ratio, args.model_max_length), args.index, args.json)
-    except (ValueError, FileNotFoundError) as error:
+            dataset = open_dataset(args.data_path, args.image_folder, args.model_name_or_path,
+                                   args.version, args.image_aspect_ratio, args.model_max_length)
+            show(dataset, args.index, args.json)
+    except (ValueError, OSError) as error:
         print(f"data.py: {error}", file=sys.stderr)
         return 2
     return 0

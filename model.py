@@ -1,28 +1,30 @@
-"""LLaVA: a vision tower, a projector and a language model, joined by writing pictures into the text.
+"""LLaVA: a vision tower, a projector and a language model; pictures are written into the text.
 
-    pixel_values (N, 3, 336, 336) > vision_tower           (N, P, Dv)   CLIP's patches, last but one layer
+    pixel_values (N, 3, 336, 336) > vision_tower           (N, P, Dv)   CLIP's, last layer but one
                                   > multi_modal_projector  (N, P, D)    the small new part
-    input_ids    (B, T)           > embeddings             (B, T, D)    of which N * P are <image> placeholders
-                                    written over them      (B, T, D)
+    input_ids    (B, T)           > embeddings             (B, T, D)    N * P of them <image>, and
+                                    written over these     (B, T, D)
                                   > language_model         (B, T, D)
-                                  > head, where a label is (S, V)       > loss
+                                  > head, where labelled   (S, V)       > loss
 
-B batch, T tokens after each picture has become P of them, N pictures, P patches (576), S supervised positions,
-D width of the language model, Dv of the tower, V vocabulary.
+B batch, T tokens after each picture has become P of them, N pictures, P patches (576), S supervised
+positions, D width of the language model, Dv of the tower, V vocabulary.
 
-A model on disk is a Hugging Face LLaVA folder (llava-hf's layout): what transformers, vLLM and the rest read and write.
+A model on disk is a Hugging Face LLaVA folder (llava-hf's layout): what transformers, vLLM and the
+rest read and write.
 
     python model.py build --vision_tower DIR --language_model DIR --out DIR
     python model.py build --tiny --out DIR
     python model.py chat  --model_name_or_path DIR --image FILE --prompt "What is this?"
 
-Sources: LLaVA (arXiv:2304.08485), LLaVA-1.5 (arXiv:2310.03744), github.com/haotian-liu/LLaVA, transformers' models/llava.
+Sources: LLaVA (arXiv:2304.08485), LLaVA-1.5 (arXiv:2310.03744), github.com/haotian-liu/LLaVA,
+transformers' models/llava.
 """
 
 import argparse
 import copy
 import json
-import os
+import pickle
 import re
 import shutil
 import sys
@@ -33,24 +35,26 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from huggingface_hub import snapshot_download, split_torch_state_dict_into_shards
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch.overrides import TorchFunctionMode
-from transformers import (AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlavaConfig,
-                          PreTrainedConfig, TextStreamer)
+from transformers import (AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer,
+                          GenerationConfig, LlavaConfig, PreTrainedConfig, TextStreamer)
 from transformers.utils import logging as transformers_logging
 
 IMAGE = "<image>"
+EMBEDDINGS, HEAD = "language_model.model.embed_tokens.weight", "language_model.lm_head.weight"
 
 
 # --- the three parts ---
 
 
 class VisionTower(nn.Module):
-    """(N, 3, S, S) > (N, P, Dv): CLIP's patch features behind layer `vision_feature_layer`, without the CLS token.
+    """(N, 3, S, S) > (N, P, Dv): CLIP's patches behind layer `vision_feature_layer`, without CLS.
 
-    LLaVA reads the last layer but one, so what lies behind it is never built: it would cost time, and as it gets no
-    gradient it would trip everything that expects one.
+    LLaVA reads the last layer but one, so what lies behind it is never built: it would cost time,
+    and as it gets no gradient it would trip everything that expects one.
     """
 
     def __init__(self, config: LlavaConfig):
@@ -67,13 +71,14 @@ class VisionTower(nn.Module):
 
 
 class Projector(nn.Module):
-    """(N, P, Dv) > (N, P, D): `linear`, or `mlpNx_gelu`, N linear layers with exact GELU between them."""
+    """(N, P, Dv) > (N, P, D): `linear`, or `mlpNx_gelu`, N linears with exact GELU between them."""
 
     def __init__(self, kind: str, width_in: int, width_out: int):
         super().__init__()
         match = re.fullmatch(r"mlp([1-9])x_gelu", kind)
         if kind != "linear" and not match:
-            raise ValueError(f"--mm_projector_type {kind}: offered are linear and mlpNx_gelu, as in mlp2x_gelu")
+            raise ValueError(f"mm_projector_type {kind}: known are linear and mlpNx_gelu, as in "
+                             "mlp2x_gelu")
         for i in range(int(match[1]) if match else 1):
             self.add_module(f"linear_{i + 1}", nn.Linear(width_out if i else width_in, width_out))
 
@@ -84,9 +89,10 @@ class Projector(nn.Module):
 
 
 def merge(embeds, features, is_image):
-    """embeds (B, T, D) with features (N, P, D) written over the positions is_image (B, T), in order.
+    """embeds (B, T, D) with features (N, P, D) written over positions is_image (B, T), in order.
 
-    Features beyond the placeholders are left out, but stay in the graph with zero gradients: see `Llava.embed`.
+    Features beyond the placeholders are left out, but stay in the graph with zero gradients: see
+    `Llava.embed`.
     """
     return embeds.masked_scatter(is_image[..., None], features.to(embeds.dtype))  # (B, T, D)
 
@@ -94,8 +100,8 @@ def merge(embeds, features, is_image):
 class Llava(nn.Module):
     """The three parts under the names that they have on disk.
 
-    `disk_dtypes` has the dtype that each tensor has on disk, `aside` the tensors that are never run (the tower's last
-    layer and what follows); both only matter to `save_pretrained`.
+    `disk_dtypes` has the dtype that each tensor has on disk, `aside` the tensors that are never run
+    (the tower's last layer and what follows); both only matter to `save_pretrained`.
     """
 
     def __init__(self, config: LlavaConfig):
@@ -103,11 +109,12 @@ class Llava(nn.Module):
         check_config(config)
         self.config = config
         self.vision_tower = VisionTower(config)
-        kind = getattr(config, "mm_projector_type", "mlp2x_gelu")
-        self.multi_modal_projector = Projector(kind, config.vision_config.hidden_size, config.text_config.hidden_size)
+        self.multi_modal_projector = Projector(
+            getattr(config, "mm_projector_type", "mlp2x_gelu"), config.vision_config.hidden_size,
+            config.text_config.hidden_size)
         self.language_model = AutoModelForCausalLM.from_config(config.text_config)
-        # Greedy is greedy: nothing that a folder suggests (sampling, penalties) applies unless asked for.
-        self.language_model.generation_config = GenerationConfig(pad_token_id=0)
+        # Greedy is greedy: nothing that a folder suggests (sampling, penalties) applies unasked.
+        self.language_model.generation_config = GenerationConfig()
         self.aside, self.disk_dtypes = {}, {}
 
     @property
@@ -118,63 +125,78 @@ class Llava(nn.Module):
     def embed(self, input_ids, pixel_values):
         """(B, T, D): the text's embeddings, with each picture's features over its placeholders.
 
-        A batch without a picture sends a blank one through tower and projector, for nothing: with many processes each
-        must take the same path, and every weight that trains must get a gradient, if only zero.
+        A batch without a picture sends a blank one through tower and projector, for nothing: with
+        many processes each must take the same path, and every weight that trains must get a
+        gradient, if only zero.
         """
         is_image = input_ids == self.config.image_token_id
+        assert is_image.sum() == len(pixel_values) * self.tokens_per_picture, (
+            f"{is_image.sum()} {IMAGE} ids for {len(pixel_values)} pictures of "
+            f"{self.tokens_per_picture}")
         if not len(pixel_values):
             vision = self.config.vision_config
-            pixel_values = pixel_values.new_zeros(1, vision.num_channels, vision.image_size, vision.image_size)
-            assert not is_image.any(), f"{is_image.sum()} {IMAGE} ids, but no picture"
-        else:
-            assert is_image.sum() == len(pixel_values) * self.tokens_per_picture, (
-                f"{is_image.sum()} {IMAGE} ids for {len(pixel_values)} pictures of {self.tokens_per_picture}")
-        dtype = self.multi_modal_projector.linear_1.weight.dtype
-        features = self.multi_modal_projector(self.vision_tower(pixel_values.to(dtype)))  # (N, P, D)
+            pixel_values = pixel_values.new_zeros(1, 3, vision.image_size, vision.image_size)
+        dtype = self.multi_modal_projector.linear_1.weight.dtype  # the tower's may be another
+        features = self.multi_modal_projector(self.vision_tower(pixel_values).to(dtype))
         return merge(self.language_model.get_input_embeddings()(input_ids), features, is_image)
 
     def forward(self, input_ids, pixel_values, labels):
-        """The summed loss over positions that have a label, and how many of these were predicted right; both scalars.
+        """The summed loss over labelled positions, and how many were predicted right; both scalars.
 
-        input_ids, labels (B, T), unshifted as everywhere outside the model; a label below 0 is none. The head runs
-        where it is needed only: (S, V) logits, not (B, T, V).
+        input_ids, labels (B, T), unshifted as everywhere outside the model; a label below 0 is
+        none. The head runs where it is needed only: (S, V) logits, not (B, T, V).
         """
         hidden = self.language_model.base_model(
-            inputs_embeds=self.embed(input_ids, pixel_values), use_cache=False).last_hidden_state  # (B, T, D)
+            inputs_embeds=self.embed(input_ids, pixel_values), use_cache=False).last_hidden_state
         supervised = labels[:, 1:] >= 0  # position t predicts label t + 1
-        logits = self.language_model.get_output_embeddings()(hidden[:, :-1][supervised]).float()  # (S, V)
+        head = self.language_model.get_output_embeddings()
+        logits = head(hidden[:, :-1][supervised]).float()  # (S, V)
         targets = labels[:, 1:][supervised]  # (S,)
-        return F.cross_entropy(logits, targets, reduction="sum"), (logits.detach().argmax(-1) == targets).sum()
+        right = (logits.detach().argmax(-1) == targets).sum()
+        return F.cross_entropy(logits, targets, reduction="sum"), right
 
     @torch.no_grad()
-    def generate(self, input_ids, pixel_values, attention_mask=None, **options):
-        """New ids (B, at most max_new_tokens) from transformers' `generate`; rows padded on the left, with their mask."""
-        return self.language_model.generate(inputs_embeds=self.embed(input_ids, pixel_values),
-                                            attention_mask=attention_mask,
-                                            suppress_tokens=[self.config.image_token_id], **options)
+    def generate(self, input_ids, pixel_values, attention_mask, eos_token_id: list[int], **options):
+        """New ids (B, at most max_new_tokens) from transformers' `generate`, greedy unless asked.
+
+        Rows are padded on the left, with their mask. A row that ends before others do is filled up
+        with the first of `eos_token_id`, which decoding skips; any other id may be a word.
+        """
+        return self.language_model.generate(
+            inputs_embeds=self.embed(input_ids, pixel_values), attention_mask=attention_mask,
+            eos_token_id=eos_token_id, pad_token_id=eos_token_id[0],
+            suppress_tokens=[self.config.image_token_id], **options)
 
 
 def check_config(config: LlavaConfig):
     """Refuses what this model would run differently from what the folder means."""
-    wrong = [f"{name} {getattr(config, name)!r} (only {only} is known)" for name, known, only in (
-        ("vision_feature_layer", lambda x: isinstance(x, int) and x < 0, "one negative number"),
-        ("projector_hidden_act", lambda x: x == "gelu", "gelu"),
-        ("multimodal_projector_bias", lambda x: x, "True"),
-    ) if not known(getattr(config, name))]
-    if wrong:
-        raise ValueError(f"config.json: {wrong[0]}")
+    tower, layer = config.vision_config, config.vision_feature_layer
+    act, bias = config.projector_hidden_act, config.multimodal_projector_bias
+    layers = tower.num_hidden_layers + 1  # with the embeddings
+    for name, value, known, only in (
+        ("vision_config", tower.model_type, tower.model_type == "clip_vision_model", "CLIP's"),
+        ("vision_feature_layer", layer, isinstance(layer, int) and -layers <= layer < 0,
+         f"one number from -{layers} to -1"),
+        ("projector_hidden_act", act, act == "gelu", "gelu"),
+        ("multimodal_projector_bias", bias, bias, "True"),
+    ):
+        if not known:
+            raise ValueError(f"config.json: {name} {value!r}, but only {only} is supported")
 
 
 @torch.no_grad()
 def check_head(language_model):
-    """Refuses language models whose logits are more than a linear of their last hidden state (soft caps, scales)."""
+    """Refuses a language model whose logits are no plain linear of its last hidden state."""
     head = language_model.get_output_embeddings()
     ids = torch.arange(1, 5, device=head.weight.device)[None]
     out = language_model(input_ids=ids, output_hidden_states=True, use_cache=False)
-    same = torch.allclose(out.logits.float(), head(out.hidden_states[-1]).float(), rtol=1e-3, atol=1e-3)
+    # Equal to the bit: a soft cap or scale hardly shows on the small logits of an untrained model.
+    same = torch.equal(out.logits.float(), head(out.hidden_states[-1]).float())
     if not same or head.bias is not None:
-        raise ValueError(f"{language_model.config.model_type}: its logits are not a plain linear of its last hidden "
-                         "state, so a LLaVA of it would differ from what it was trained as: take a model of Llama's kind")
+        raise ValueError(
+            f"{language_model.config.model_type}: its logits are no plain linear of its last "
+            "hidden state (a soft cap, a scale or a bias), so a LLaVA of it would differ from what "
+            "it was trained as: take a model of Llama's kind")
 
 
 # --- the model on disk ---
@@ -184,140 +206,192 @@ def resolve(name: str | Path, hint: str = "--model_name_or_path") -> Path:
     """The local folder of a model: a folder as it is, a hub id after downloading it."""
     if Path(name).is_dir():
         return Path(name)
-    if re.fullmatch(r"[\w-]+/[\w.-]+", str(name)) and not Path(name).parent.is_dir():
-        return Path(snapshot_download(str(name), ignore_patterns=["*.msgpack", "*.h5", "*.ot", "*.md"]))
-    raise FileNotFoundError(f"{hint} {name}: no such folder, nor a hub id like owner/name")
+    if not re.fullmatch(r"[\w-]+/[\w.-]+", str(name)) or Path(name).parent.is_dir():
+        raise FileNotFoundError(f"{hint} {name}: no such folder, nor a hub id like owner/name")
+    try:
+        return Path(snapshot_download(
+            str(name), ignore_patterns=["*.msgpack", "*.h5", "*.ot", "*.md"]))
+    except OSError as error:
+        raise FileNotFoundError(f"{hint} {name}: no such folder, and the hub does not give it: "
+                                f"{one_line(error)}") from None
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def read_json(path: Path) -> dict:
+    """The object in a JSON file; ValueError, naming the file, where there is none."""
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: not a JSON object")
+    return content
+
+
+def read_config(folder: Path) -> PreTrainedConfig:
+    """A model folder's config.json, as the class of transformers that it names."""
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder}: no config.json, so no model folder")
+    read_json(folder / "config.json")
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except (ValueError, KeyError, StrictDataclassError) as error:
+        raise ValueError(f"{folder}/config.json: {one_line(error)}") from None
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold a folder's weights: one, or the shards that an index names."""
+    for stem in ("model.safetensors", "pytorch_model.bin"):
+        index = folder / f"{stem}.index.json"
+        if (folder / stem).is_file():
+            return [folder / stem]
+        if index.is_file():
+            files = sorted(set(read_json(index).get("weight_map", {}).values()))
+            absent = [name for name in files if not (folder / name).is_file()]
+            if absent or not files:
+                raise FileNotFoundError(f"{index}: names {absent or 'no file'}; that is not there")
+            return [folder / name for name in files]
+    raise FileNotFoundError(f"{folder}: no model.safetensors, nor pytorch_model.bin, nor an index")
 
 
 def open_weights(folder: Path) -> dict:
-    """{name: tensor} of a folder's weights, mapped from the files: a tensor is read when it is used.
-
-    Reads safetensors, and `pytorch_model*.bin` with `weights_only=True`, whole or in indexed shards.
-    """
-    for stem in ("model.safetensors", "pytorch_model.bin"):
-        index = folder / f"{stem}.index.json"
-        if index.is_file():
-            files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            break
-        if (folder / stem).is_file():
-            files = [stem]
-            break
-    else:
-        raise FileNotFoundError(f"{folder}: no model.safetensors, nor an index of shards, nor pytorch_model.bin")
+    """{name: tensor} of a folder's weights, mapped from the files: read when it is used."""
     tensors = {}
-    for name in files:
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder / name}: listed in {index.name}, but not there")
-        if name.endswith(".bin"):
-            tensors |= torch.load(folder / name, map_location="cpu", weights_only=True, mmap=True)
-            continue
+    for path in weight_files(folder):
         try:
-            with safe_open(folder / name, framework="pt") as file:
-                tensors |= {key: file.get_tensor(key) for key in file.keys()}
-        except SafetensorError as error:
-            raise ValueError(f"{folder / name}: damaged ({error})") from None
+            tensors |= load_file(path) if path.suffix == ".safetensors" else torch.load(
+                path, map_location="cpu", weights_only=True, mmap=True)
+        except (SafetensorError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
+            raise ValueError(f"{path}: damaged, or no weights ({one_line(error)})") from None
     return tensors
 
 
 def canonical(name: str) -> str:
-    """The name of a tensor as llava-hf's folders have it; newer ones leave out the tower's `vision_model.`."""
+    """A tensor's name as llava-hf's folders have it; newer ones lack `vision_model.`."""
     return re.sub(r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model.", name)
 
 
 def transformers_name(name: str) -> str:
-    """The name in memory of transformers' LlavaForConditionalGeneration of a tensor or module of ours: PEFT's spelling."""
-    table = ((r"^language_model\.lm_head", "lm_head"), (r"^language_model\.model", "model.language_model"),
-             (r"^vision_tower\.vision_model", "model.vision_tower"), (r"^multi_modal_projector", "model.multi_modal_projector"))
-    for pattern, target in table:
-        name = re.sub(pattern, target, name)
+    """A tensor's or module's name in LlavaForConditionalGeneration in memory: PEFT's spelling."""
+    for ours, theirs in (("language_model.lm_head", "lm_head"),
+                         ("language_model.model", "model.language_model"),
+                         ("vision_tower.vision_model", "model.vision_tower"),
+                         ("multi_modal_projector", "model.multi_modal_projector")):
+        if name.startswith(ours):
+            return theirs + name.removeprefix(ours)
     return name
 
 
 class EmptyOnMeta(TorchFunctionMode):
-    """Inside, `torch.empty`, which is where layers get their weights, allocates nothing; buffers are computed as ever."""
+    """Inside, `torch.empty`, from which layers get their weights, allocates nothing.
+
+    Buffers are computed as ever, which `with torch.device("meta")` would prevent.
+    """
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        return function(*args, **(kwargs | {"device": "meta"} if function is torch.empty else kwargs))
+        device = {"device": "meta"} if function is torch.empty else {}
+        return function(*args, **(kwargs or {}) | device)
+
+
+def match_weights(model: Llava, tensors: dict, where: str) -> dict:
+    """{name: tensor} of just the model's names and shapes; a ValueError names the first other one.
+
+    What is never run goes to `model.aside`; old buffers and a second copy of a tied head go away.
+    """
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    tensors = {canonical(name): tensor for name, tensor in tensors.items()
+               if not re.search(r"(position_ids|inv_freq|masked_bias)$", name)}
+    built = model.vision_tower.vision_model.config.num_hidden_layers
+    behind = r"vision_tower\.vision_model\.(?:encoder\.layers\.(\d+)|post_layernorm)\."
+    for name in list(tensors):
+        layer = re.match(behind, name)
+        if layer and (layer[1] is None or int(layer[1]) >= built):
+            model.aside[name] = tensors.pop(name)
+    if model.config.tie_word_embeddings:
+        del expected[HEAD]
+        if HEAD in tensors and torch.equal(tensors[HEAD], tensors.get(EMBEDDINGS, torch.empty(0))):
+            del tensors[HEAD]
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    wrong = [name for name in {**expected, **found} if expected.get(name) != found.get(name)]
+    if wrong:
+        raise ValueError(
+            f"{where}: {len(wrong)} tensors differ from what config.json means; {wrong[0]} is "
+            f"{found.get(wrong[0], 'missing')} instead of {expected.get(wrong[0], 'absent')}")
+    return tensors
 
 
 def load_weights(model: Llava, tensors: dict, where: str, dtype=None):
-    """Fills `model` from {name: tensor}; names and shapes must match exactly, or a ValueError names the first that does not."""
-    tensors = {canonical(name): tensor for name, tensor in tensors.items()}
-    own = model.state_dict(keep_vars=True)
-    first_unbuilt = model.vision_tower.vision_model.config.num_hidden_layers
-    tied = model.config.text_config.tie_word_embeddings
-    for name in list(tensors):
-        layer = re.match(r"vision_tower\.vision_model\.(?:encoder\.layers\.(\d+)\.|post_layernorm|head\.)", name)
-        if layer and (layer[1] is None or int(layer[1]) >= first_unbuilt):
-            model.aside[name] = tensors.pop(name)
-        elif re.search(r"(position_ids|inv_freq|masked_bias)$", name) or tied and name == "language_model.lm_head.weight":
-            del tensors[name]
-    missing = [name for name in own if name not in tensors and not (tied and name == "language_model.lm_head.weight")]
-    unexpected = [name for name in tensors if name not in own]
-    if missing or unexpected:
-        raise ValueError(f"{where}: {len(missing)} tensors are missing, {len(unexpected)} unexpected; the first is "
-                         f"{(missing + unexpected)[0]} ({'missing' if missing else 'unexpected'})")
-    for name, tensor in tensors.items():
-        if tensor.shape != own[name].shape:
-            raise ValueError(f"{where}: {name} has shape {tuple(tensor.shape)}, config.json means {tuple(own[name].shape)}")
+    """Fills `model` from {name: tensor}, tensor by tensor, cast to `dtype` (None: as they are)."""
+    for name, tensor in match_weights(model, tensors, where).items():
         model.disk_dtypes[name] = tensor.dtype
         path, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(path), leaf, nn.Parameter(tensor.to(dtype or tensor.dtype)))
-    if tied:
-        model.language_model.tie_weights()
+    if model.config.tie_word_embeddings:
+        embeddings = model.language_model.get_input_embeddings()
+        model.language_model.get_output_embeddings().weight = embeddings.weight
 
 
 def from_pretrained(folder: str | Path, dtype=None, device="cpu") -> Llava:
-    """The model of a LLaVA folder, weights mapped from its files and cast to `dtype` last (None: as they are on disk).
+    """The model of a LLaVA folder, weights mapped from its files and cast to `dtype` last.
 
-    Raises FileNotFoundError or ValueError, in one line, where something is missing, unexpected or mis-shaped.
+    `dtype` None leaves them as they are on disk. Raises FileNotFoundError or ValueError, in one
+    line, where something is missing, unexpected or mis-shaped.
     """
     folder = resolve(folder)
     config = read_config(folder)
     if config.model_type != "llava":
-        raise ValueError(f"{folder}: a {config.model_type} folder, not a LLaVA: make one with `python model.py build`")
+        raise ValueError(f"{folder}: a {config.model_type} folder, not a LLaVA: make one with "
+                         "`python model.py build`")
+    if config.image_token_id >= config.text_config.vocab_size:
+        raise ValueError(f"{folder}: the id of {IMAGE} is {config.image_token_id}, but there are "
+                         f"{config.text_config.vocab_size} embeddings")
     with EmptyOnMeta():
         model = Llava(config)
     load_weights(model, open_weights(folder), str(folder), dtype)
-    rows = model.language_model.get_input_embeddings().num_embeddings
-    if config.image_token_id >= rows:
-        raise ValueError(f"{folder}: the id of {IMAGE} is {config.image_token_id}, but there are {rows} embeddings")
     check_head(model.language_model)
     return model.to(device)
 
 
-def read_config(folder: Path) -> PreTrainedConfig:
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder}: no config.json, so no model folder")
-    try:
-        return AutoConfig.from_pretrained(folder)
-    except (ValueError, KeyError) as error:
-        raise ValueError(f"{folder}/config.json: {str(error).splitlines()[0]}") from None
+def save_pretrained(model: Llava, out: Path, source: Path, chat_template: str | None = None,
+                    state: dict | None = None):
+    """Writes a new model folder: weights in the dtypes of the source, its tokenizer and processor.
 
-
-def save_pretrained(model: Llava, out: Path, source: Path, chat_template: str | None = None, state: dict | None = None):
-    """Writes a complete model folder: weights in the dtypes of the source, and its tokenizer and processor files.
-
-    `state` {name: tensor} takes precedence over the model's own (an optimizer's fp32 masters, say). The folder is
-    written beside `out` and renamed, so it is there whole or not at all.
+    `state` {name: tensor} takes precedence over the model's own (an optimizer's fp32 masters, say).
+    The folder is written beside `out` and renamed, so it is there whole or not at all.
     """
-    out, source = Path(out), Path(source)
-    if out.exists() and out.resolve() == source.resolve():
-        raise ValueError(f"{out}: source and output are the same folder")
+    out = check_new(out)
     part = out.with_name(out.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     tensors = {**model.state_dict(), **(state or {})}
-    if model.config.text_config.tie_word_embeddings:
-        del tensors["language_model.lm_head.weight"]
-    tensors = {name: tensor.detach().to(model.disk_dtypes.get(name, tensor.dtype)) for name, tensor in tensors.items()}
-    write_weights({**tensors, **model.aside}, part)
-    write_config(model.config, part)
-    copy_side_files(source, part)
-    if chat_template:
-        (part / "chat_template.jinja").write_text(chat_template)
-    replace_folder(part, out)
+    if model.config.tie_word_embeddings:
+        del tensors[HEAD]
+    tensors = {name: tensor.detach().to("cpu", model.disk_dtypes.get(name, tensor.dtype))
+               for name, tensor in tensors.items()}
+    try:
+        write_weights({**tensors, **model.aside}, part)
+        write_json(json.loads(model.config.to_json_string(), object_hook=without_path),
+                   part / "config.json")
+        copy_side_files(Path(source), part)
+        if chat_template:
+            write_template(chat_template, part)
+        part.rename(out)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)  # not there any more if all went well
+
+
+def without_path(config: dict) -> dict:
+    """A part of config.json without the path of this machine that transformers puts into it."""
+    return {key: value for key, value in config.items() if key != "_name_or_path"}
+
+
+def check_new(out: str | Path) -> Path:
+    if Path(out).exists():
+        raise ValueError(f"{out}: exists already; name a new folder")
+    return Path(out)
 
 
 def write_weights(tensors: dict, folder: Path, shard_size: str = "5GB"):
@@ -325,29 +399,40 @@ def write_weights(tensors: dict, folder: Path, shard_size: str = "5GB"):
     split = split_torch_state_dict_into_shards(
         tensors, max_shard_size=shard_size, filename_pattern="model{suffix}.safetensors")
     for name, keys in split.filename_to_tensors.items():
-        save_file({key: tensors[key].contiguous() for key in keys}, folder / name, metadata={"format": "pt"})
+        path = folder / name
+        path.touch()
+        mode = path.stat().st_mode  # the umask's; safetensors makes files private
+        save_file({key: tensors[key].contiguous() for key in keys}, path, metadata={"format": "pt"})
+        path.chmod(mode)
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+        write_json(index, folder / "model.safetensors.index.json")
 
 
-def write_config(config: LlavaConfig, folder: Path):
-    """config.json, without the paths of this machine."""
-    def strip(part):
-        return {k: strip(v) if isinstance(v, dict) else v for k, v in part.items() if k != "_name_or_path"}
-    (folder / "config.json").write_text(json.dumps(strip(json.loads(config.to_json_string())), indent=2) + "\n")
+def write_json(content: dict, path: Path):
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_template(chat_template: str, folder: Path):
+    """chat_template.jinja, and no other template where older folders have it."""
+    (folder / "chat_template.jinja").write_text(chat_template)
+    (folder / "chat_template.json").unlink(missing_ok=True)
+    for path in (folder / "tokenizer_config.json", folder / "processor_config.json"):
+        if path.is_file() and "chat_template" in (content := read_json(path)):
+            del content["chat_template"]
+            write_json(content, path)
 
 
 def copy_side_files(source: Path, target: Path):
-    """Tokenizer, template, processor and generation files, byte for byte: saving a tokenizer anew can change it."""
+    """Tokenizer, template, processor files ..., byte for byte: saving them anew can change them."""
+    weights = re.compile(r"\.(safetensors|bin|pt|pth|h5|msgpack|gguf)$|\.index\.json$")
     for path in source.iterdir():
-        weights = re.search(r"\.(safetensors|bin|pt|pth|h5|msgpack|gguf)$|\.index\.json$", path.name)
-        if path.is_file() and not weights and path.name != "config.json" and path.stat().st_size < 1 << 28:
+        if path.is_file() and path.name != "config.json" and not weights.search(path.name):
             shutil.copyfile(path, target / path.name)
 
 
 def remove_folder(folder: Path):
-    """Deletes a folder so that, cut short, it is not mistaken for a whole one: it is renamed first."""
+    """Deletes a folder so that, cut short, it is not mistaken for a whole one: renamed first."""
     gone = folder.with_name(folder.name + ".old")
     shutil.rmtree(gone, ignore_errors=True)
     folder.rename(gone)
@@ -365,68 +450,75 @@ def replace_folder(part: Path, out: Path):
 
 
 def build(vision_tower, language_model, out, kind="mlp2x_gelu", version="own", aspect_ratio="pad"):
-    """Writes a LLaVA folder with a fresh projector from a CLIP folder and a language model's (or their hub ids).
+    """Writes a LLaVA folder with a fresh projector from a CLIP folder and a language model's.
 
-    The tokenizer gets one new token, <image>; the embeddings never shrink, and grow only where its id needs it.
+    Both may be hub ids. The tokenizer gets one new token, <image>; the embeddings never shrink, and
+    grow only where its id needs it.
     """
     from data import ChatText
 
-    vision_folder, text_folder = resolve(vision_tower, "--vision_tower"), resolve(language_model, "--language_model")
-    vision_config, text_config = read_config(vision_folder), read_config(text_folder)
-    vision_config = getattr(vision_config, "vision_config", vision_config)  # CLIP's folders have a text tower too
-    if Path(out).exists():
-        raise ValueError(f"--out {out}: exists already; name a new folder")
-    Path(out).parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=Path(out).parent, prefix=".build-") as work:
+    check_new(out)
+    vision_folder = resolve(vision_tower, "--vision_tower")
+    text_folder = resolve(language_model, "--language_model")
+    with tempfile.TemporaryDirectory() as work:
         tokenizer, image_token_id = add_image_token(text_folder, Path(work))
         text = ChatText(tokenizer, version)
-        (Path(work) / "chat_template.jinja").write_text(tokenizer.chat_template)
-        write_processor(vision_folder, vision_config, aspect_ratio, Path(work))
-        generation = {"eos_token_id": text.stop_ids, "pad_token_id": tokenizer.pad_token_id}
-        (Path(work) / "generation_config.json").write_text(json.dumps(generation, indent=2))
-        tensors = {f"language_model.{name}": tensor for name, tensor in open_weights(text_folder).items()}
-        for name, tensor in open_weights(vision_folder).items():
-            if not re.match(r"text_model\.|text_projection|visual_projection|logit_scale|logit_bias", name):
-                tensors["vision_tower." + name] = tensor
-        text_config.vocab_size = grow_embeddings(tensors, image_token_id)
-        config = LlavaConfig(
-            vision_config=vision_config, text_config=text_config, image_token_index=image_token_id,
-            image_seq_length=(vision_config.image_size // vision_config.patch_size) ** 2,
-            tie_word_embeddings=text_config.tie_word_embeddings, pad_token_id=tokenizer.pad_token_id,
-            architectures=["LlavaForConditionalGeneration"], dtype=text_config.dtype)
-        if kind != "mlp2x_gelu":  # transformers knows no other, and would fill it with random weights in silence
-            config.mm_projector_type, config.architectures = kind, [f"LlavaWith_{kind}"]
-        projector = Projector(kind, vision_config.hidden_size, text_config.hidden_size)
-        dtype = tensors["language_model.model.embed_tokens.weight"].dtype
-        tensors |= {f"multi_modal_projector.{n}": t.to(dtype) for n, t in projector.state_dict().items()}
-        with EmptyOnMeta():
-            model = Llava(config)
-        load_weights(model, tensors, f"{vision_folder} and {text_folder}")
-        check_head(model.language_model)
-        save_pretrained(model, Path(out), Path(work))
+        write_template(tokenizer.chat_template, Path(work))
+        write_json({"eos_token_id": text.stop_ids, "pad_token_id": tokenizer.pad_token_id},
+                   Path(work) / "generation_config.json")
+        model = join(vision_folder, text_folder, kind, image_token_id, tokenizer.pad_token_id)
+        write_processor(vision_folder, model.config.vision_config, aspect_ratio, Path(work))
+        save_pretrained(model, out, Path(work))
+    return model
+
+
+def join(vision_folder: Path, text_folder: Path, kind: str, image_token_id: int, pad_token_id: int):
+    """The model of a CLIP folder's and a language model's weights, and a fresh projector."""
+    vision_config, text_config = read_config(vision_folder), read_config(text_folder)
+    vision_config = getattr(vision_config, "vision_config", vision_config)  # CLIP has a text tower
+    tensors = {f"language_model.{name}": t for name, t in open_weights(text_folder).items()}
+    tensors |= {f"vision_tower.{name}": t for name, t in open_weights(vision_folder).items()
+                if not re.match(r"text_model|text_projection|visual_projection|logit_scale", name)}
+    text_config.vocab_size = grow_embeddings(tensors, image_token_id)
+    dtype = tensors[EMBEDDINGS].dtype
+    projector = Projector(kind, vision_config.hidden_size, text_config.hidden_size).to(dtype)
+    tensors |= {f"multi_modal_projector.{name}": t for name, t in projector.state_dict().items()}
+    config = LlavaConfig(
+        vision_config=vision_config, text_config=text_config, image_token_index=image_token_id,
+        image_seq_length=(vision_config.image_size // vision_config.patch_size) ** 2, dtype=dtype,
+        tie_word_embeddings=text_config.tie_word_embeddings, pad_token_id=pad_token_id,
+        architectures=["LlavaForConditionalGeneration"])
+    if kind != "mlp2x_gelu":  # transformers would fill any other with random weights, in silence
+        config.mm_projector_type, config.architectures = kind, [f"LlavaWith_{kind}"]
+    with EmptyOnMeta():
+        model = Llava(config)
+    load_weights(model, tensors, f"{vision_folder} and {text_folder}")
+    check_head(model.language_model)
     return model
 
 
 def add_image_token(source: Path, target: Path):
-    """Writes the tokenizer of `source` with <image> as one token into `target`; (tokenizer, id of <image>).
+    """(tokenizer, id of <image>): that of `source` with <image> as one token, saved in `target`.
 
-    Saving a tokenizer can lose a setting and so change ids: what it encoded before it must encode after, or we stop.
+    Saving a tokenizer can lose a setting and so change ids: what it encoded before it must encode
+    after, or we stop.
     """
-    before = AutoTokenizer.from_pretrained(source)
-    tokenizer = AutoTokenizer.from_pretrained(source)
+    before, tokenizer = (AutoTokenizer.from_pretrained(source) for _ in range(2))
+    if "hello" not in before.decode(before("hello").input_ids):  # transformers made up an empty one
+        raise ValueError(f"{source}: its tokenizer knows no words; is tokenizer.json missing?")
     tokenizer.add_tokens([IMAGE], special_tokens=True)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.unk_token or tokenizer.eos_token
     tokenizer.save_pretrained(target)
-    lost = json.loads((source / "tokenizer_config.json").read_text()) if (source / "tokenizer_config.json").is_file() else {}
-    saved = json.loads((target / "tokenizer_config.json").read_text())
-    saved = {key: lost[key] for key in ("legacy", "add_prefix_space", "add_bos_token") if key in lost} | saved
-    saved.pop("chat_template", None)
-    (target / "tokenizer_config.json").write_text(json.dumps(saved, indent=2, ensure_ascii=False))
+    old, path = source / "tokenizer_config.json", target / "tokenizer_config.json"
+    old = read_json(old) if old.is_file() else {}
+    lost = {key: old[key] for key in ("legacy", "add_prefix_space", "add_bos_token") if key in old}
+    write_json(lost | read_json(path), path)
     after = AutoTokenizer.from_pretrained(target)
-    probes = ["Hello, world!", " a  b\n\nc\t", "USER: x </s>y", "naïve 数字 1234 🙂", "".join(before.all_special_tokens) + " z"]
-    for probe in probes:
+    for probe in ("Hello, world!", " a  b\n\nc\t", "USER: x </s>y", "naïve 数字 1234 🙂",
+                  "".join(before.all_special_tokens) + " z"):
         if before(probe).input_ids != after(probe).input_ids:
-            raise ValueError(f"{source}: its tokenizer encodes {probe!r} differently once saved: not supported")
+            raise ValueError(f"{source}: its tokenizer encodes {probe!r} differently once saved: "
+                             "not supported")
     ids = after(IMAGE, add_special_tokens=False).input_ids
     if len(ids) != 1:
         raise ValueError(f"{source}: {IMAGE} does not become a single token ({ids})")
@@ -434,15 +526,15 @@ def add_image_token(source: Path, target: Path):
 
 
 def grow_embeddings(tensors: dict, image_token_id: int) -> int:
-    """Adds rows (their mean) to embeddings and head only if the id of <image> lies beyond them; the number of rows."""
-    name, head = "language_model.model.embed_tokens.weight", "language_model.lm_head.weight"
-    if name not in tensors:
-        raise ValueError(f"--language_model: no {name.removeprefix('language_model.')}; take a decoder of Llama's kind")
-    rows = len(tensors[name])
+    """The rows of embeddings and head; adds some (their mean) if the id of <image> needs it."""
+    if EMBEDDINGS not in tensors:
+        raise ValueError("--language_model: it has no model.embed_tokens.weight: take a decoder of "
+                         "Llama's kind")
+    rows = len(tensors[EMBEDDINGS])
     if image_token_id < rows:
         return rows
-    more = -(-(image_token_id + 1) // 64) * 64 - rows  # up to a multiple of 64, for the head's matrix product
-    for key in {name, head} & set(tensors):
+    more = 64 * (image_token_id // 64 + 1) - rows  # a multiple of 64 suits matrix products
+    for key in {EMBEDDINGS, HEAD} & set(tensors):
         mean = tensors[key].float().mean(0, keepdim=True).to(tensors[key].dtype)
         tensors[key] = torch.cat([tensors[key], mean.expand(more, -1)])
     return rows + more
@@ -451,21 +543,21 @@ def grow_embeddings(tensors: dict, image_token_id: int) -> int:
 def write_processor(vision_folder: Path, vision_config, aspect_ratio: str, out: Path):
     """The files from which transformers' AutoProcessor prepares pictures just as data.py does."""
     size, found = vision_config.image_size, vision_folder / "preprocessor_config.json"
-    given = json.loads(found.read_text()) if found.is_file() else {}
+    given = read_json(found) if found.is_file() else {}
+    kind = {"pad": {"image_processor_type": "LlavaImageProcessor", "do_pad": True},
+            "square": {"image_processor_type": "CLIPImageProcessor"}}[aspect_ratio]
     pictures = {
-        "image_processor_type": "LlavaImageProcessor" if aspect_ratio == "pad" else "CLIPImageProcessor",
-        "do_pad": aspect_ratio == "pad", "do_convert_rgb": True, "do_resize": True, "size": {"shortest_edge": size},
-        "resample": 3, "do_center_crop": True, "crop_size": {"height": size, "width": size}, "do_rescale": True,
-        "rescale_factor": 1 / 255, "do_normalize": True,
+        **kind, "do_convert_rgb": True, "do_resize": True, "size": {"shortest_edge": size},
+        "resample": 3, "do_center_crop": True, "crop_size": {"height": size, "width": size},
+        "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
         "image_mean": given.get("image_mean", [0.48145466, 0.4578275, 0.40821073]),  # CLIP's
         "image_std": given.get("image_std", [0.26862954, 0.26130258, 0.27577711])}
-    if aspect_ratio != "pad":
-        del pictures["do_pad"]
-    processor = {"processor_class": "LlavaProcessor", "image_token": IMAGE, "patch_size": vision_config.patch_size,
-                 "num_additional_image_tokens": 1, "vision_feature_select_strategy": "default"}
-    for name, content in (("preprocessor_config.json", pictures | {"processor_class": "LlavaProcessor"}),
-                          ("processor_config.json", processor | {"image_processor": pictures})):
-        (out / name).write_text(json.dumps(content, indent=2))
+    processor = {"processor_class": "LlavaProcessor"}
+    write_json(pictures | processor, out / "preprocessor_config.json")
+    write_json(processor | {
+        "image_token": IMAGE, "patch_size": vision_config.patch_size,
+        "num_additional_image_tokens": 1, "vision_feature_select_strategy": "default",
+        "image_processor": pictures}, out / "processor_config.json")
 
 
 CHATML = ("{%- for message in messages -%}{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}"
@@ -527,51 +619,65 @@ def see(embeddings):
     positions[1:, -width // 4:] = torch.cat([rows, columns], dim=-1).flatten(0, 1)  # (576, width / 4)
 
 
-def reply(model: Llava, text, messages: list[dict], pixels: list, streamer=None, **options) -> str:
-    """The model's answer to a conversation [{role, content}] whose pictures are `pixels` [(3, S, S)]."""
+def reply(model: Llava, text, messages: list[dict], pixels: list, **options) -> str:
+    """The answer to a conversation [{role, content}] whose pictures are `pixels` [(3, S, S)]."""
     ids = torch.tensor(text.ids_and_labels(messages, prompt=True)[0])
     times = torch.where(ids == model.config.image_token_id, model.tokens_per_picture, 1)
     device = model.multi_modal_projector.linear_1.weight.device
     ids = ids.repeat_interleave(times)[None].to(device)  # (1, T)
     pictures = torch.stack(pixels).to(device) if pixels else torch.zeros(0, device=device)
-    new = model.generate(ids, pictures, torch.ones_like(ids), eos_token_id=text.stop_ids, streamer=streamer, **options)
+    new = model.generate(ids, pictures, torch.ones_like(ids), text.stop_ids, **options)
     return text.tokenizer.decode(new[0], skip_special_tokens=True).strip()
+
+
+def load_picture(file: str, transform):
+    """(3, S, S): the picture in a file, prepared; FileNotFoundError or ValueError names it."""
+    from data import decode_picture
+
+    try:
+        return torch.from_numpy(transform(decode_picture(Path(file).read_bytes())))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"--image {file}: no such file") from None
+    except ValueError as error:
+        raise ValueError(f"--image {file}: {error}") from None
 
 
 def chat(args):
     """One answer on stdout with --prompt; else a conversation, its words printed as they come."""
-    from data import ChatText, PictureTransform, decode_picture
+    from data import ChatText, PictureTransform
 
     folder, cuda = resolve(args.model_name_or_path), torch.cuda.is_available()
-    model = from_pretrained(folder, torch.bfloat16 if cuda else None, "cuda" if cuda else "cpu").eval()
-    text, transform = ChatText(AutoTokenizer.from_pretrained(folder)), PictureTransform.from_pretrained(folder)
+    model = from_pretrained(folder, *((torch.bfloat16, "cuda") if cuda else ())).eval()
+    text = ChatText(AutoTokenizer.from_pretrained(folder))
+    transform = PictureTransform.from_pretrained(folder)
     options = {"max_new_tokens": args.max_new_tokens, "do_sample": args.temperature > 0}
     if args.temperature > 0:
         options |= {"temperature": args.temperature, "top_p": args.top_p}
 
-    def load(file):
-        if not Path(file).is_file():
-            raise FileNotFoundError(f"--image {file}: no such file")
-        return torch.from_numpy(transform(decode_picture(Path(file).read_bytes())))
+    def ask(question, new, **more):
+        question = question if IMAGE in question else f"{IMAGE}\n" * len(new) + question
+        if question.count(IMAGE) != len(new):
+            raise ValueError(f"{question.count(IMAGE)} {IMAGE} asked about, {len(new)} given")
+        asked = [*messages, {"role": "user", "content": question}]
+        answer = reply(model, text, asked, pixels + new, **options, **more)
+        messages[:] = [*asked, {"role": "assistant", "content": answer}]
+        pixels.extend(new)
+        return answer
 
-    def ask(question, files, **more):
-        pixels.extend([load(file) for file in files])
-        content = question if IMAGE in question else f"{IMAGE}\n" * len(files) + question
-        messages.append({"role": "user", "content": content})
-        return reply(model, text, messages, pixels, **options, **more)
-
-    messages, pixels, files = [], [], list(args.image)
+    messages, pixels, new = [], [], [load_picture(file, transform) for file in args.image]
     if args.prompt is not None:
-        print(ask(args.prompt, files))
-        return
+        return print(ask(args.prompt, new))
     print("Ask; /image FILE shows the model a picture, an empty line ends.", file=sys.stderr)
     streamer = TextStreamer(text.tokenizer, skip_prompt=True, skip_special_tokens=True)
     while line := read_line("> "):
-        if line.startswith("/image "):
-            files.append(line.removeprefix("/image ").strip())
-            continue
-        messages.append({"role": "assistant", "content": ask(line, files, streamer=streamer)})
-        files = []
+        try:
+            if line.startswith("/image "):
+                new.append(load_picture(line.removeprefix("/image ").strip(), transform))
+            else:
+                ask(line, new, streamer=streamer)
+                new = []
+        except (ValueError, OSError) as error:
+            print(error, file=sys.stderr)
 
 
 def read_line(prompt: str) -> str:
@@ -581,26 +687,33 @@ def read_line(prompt: str) -> str:
         return ""
 
 
-def main(argv=None) -> int:
+def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("build", help="make a LLaVA folder from a vision tower and a language model")
-    command.add_argument("--vision_tower", help="CLIP's folder, or hub id")
-    command.add_argument("--language_model", help="the language model's folder, or hub id")
-    command.add_argument("--out", required=True, help="folder to write to")
-    command.add_argument("--mm_projector_type", default="mlp2x_gelu", help="linear, or mlpNx_gelu")
-    command.add_argument("--version", default="own", choices=["v1", "llava_llama_2", "chatml_direct", "own"],
-                         help="the chat template to save; own: the language model's")
-    command.add_argument("--image_aspect_ratio", default="pad", choices=["pad", "square"], help="how pictures become square")
-    command.add_argument("--tiny", action="store_true", help="make both parts on the spot, small and untrained")
+    command = commands.add_parser("build", help="join a vision tower and a language model")
+    add = command.add_argument
+    add("--vision_tower", help="CLIP's folder, or hub id")
+    add("--language_model", help="the language model's folder, or hub id")
+    add("--out", required=True, help="folder to write to")
+    add("--mm_projector_type", default="mlp2x_gelu", help="linear, or mlpNx_gelu")
+    add("--version", default="own", choices=["v1", "llava_llama_2", "chatml_direct", "own"],
+        help="the chat template to save; own: the language model's")
+    add("--image_aspect_ratio", default="pad", choices=["pad", "square"],
+        help="how pictures become square")
+    add("--tiny", action="store_true", help="make both parts on the spot, small and untrained")
     command = commands.add_parser("chat", help="talk to a model")
-    command.add_argument("--model_name_or_path", required=True, help="a LLaVA folder, or hub id")
-    command.add_argument("--image", nargs="*", default=[], help="pictures to begin with")
-    command.add_argument("--prompt", help="one question; its answer, alone, goes to stdout")
-    command.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
-    command.add_argument("--top_p", type=float, default=1.0, help="share of probability to sample from")
-    command.add_argument("--max_new_tokens", type=int, default=512, help="tokens of an answer at most")
-    args = parser.parse_args(argv)
+    add = command.add_argument
+    add("--model_name_or_path", required=True, help="a LLaVA folder, or hub id")
+    add("--image", nargs="*", default=[], help="pictures to begin with")
+    add("--prompt", help="one question; its answer, alone, goes to stdout")
+    add("--temperature", type=float, default=0.0, help="0 is greedy")
+    add("--top_p", type=float, default=1.0, help="share of probability to sample from")
+    add("--max_new_tokens", type=int, default=512, help="tokens of an answer at most")
+    return parser.parse_args(argv)
+
+
+def main(argv=None) -> int:
+    args = parse(argv)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
@@ -610,12 +723,12 @@ def main(argv=None) -> int:
             from data import toy_words
             build_tiny(args.out, toy_words())
         elif args.vision_tower and args.language_model:
-            build(args.vision_tower, args.language_model, args.out, args.mm_projector_type, args.version,
-                  args.image_aspect_ratio)
+            build(args.vision_tower, args.language_model, args.out, args.mm_projector_type,
+                  args.version, args.image_aspect_ratio)
         else:
             raise ValueError("build needs --vision_tower and --language_model, or --tiny")
-    except (ValueError, FileNotFoundError) as error:
-        print(f"model.py: {error}", file=sys.stderr)
+    except (ValueError, OSError) as error:
+        print(f"model.py: {one_line(error)}", file=sys.stderr)
         return 2
     return 0
 

@@ -3,6 +3,7 @@
     projector       stage 1: the projector alone, on captions (template `plain`)
     freeze_vision   stage 2: projector and language model, on instructions
     full            stage 2, and the vision tower too
+    use_lora        stage 2, of the language model only low-rank adapters; --bits 4 makes it QLoRA
 
     python train.py --model_name_or_path DIR --train_type projector --data_path F --image_folder DIR
                     --output_dir DIR
@@ -25,6 +26,7 @@ transformers/optimization.py, ZeRO (arXiv:1910.02054).
 
 import argparse
 import contextlib
+import functools
 import json
 import math
 import os
@@ -44,17 +46,51 @@ from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 import data
+import lora
 import model as llava
 
-# What trains, and LLaVA-1.5's published learning rate and template for it.
+# The modules that train whole, and LLaVA-1.5's published learning rate and template.
 TRAIN_TYPES = {
     "projector": (["multi_modal_projector"], 1e-3, "plain"),
     "freeze_vision": (["multi_modal_projector", "language_model"], 2e-5, "own"),
     "full": (["vision_tower", "multi_modal_projector", "language_model"], 2e-5, "own"),
+    "use_lora": (["multi_modal_projector"], 2e-4, "own"),
 }
+LORA_PROJECTOR_LR = 2e-5  # published too: the projector has learnt already, the adapters have not
+DECODER = r"language_model\.(?!lm_head).+"  # paths of all that LoRA adapts and 4 bits pack
 
 
-# --- schedule and parameter groups ---
+# --- model, schedule, parameter groups ---
+
+
+def load_model(args, source: Path, device: str):
+    """The model as the flags want it: quantized or not, with an adapter or not, what trains set."""
+    dtype, quantize = torch.bfloat16 if args.bf16 else torch.float32, None
+    if args.bits == 4:
+        stage_3 = args.deepspeed and deepspeed_config(args)["zero_optimization"]["stage"] == 3
+        quantize = functools.partial(
+            lora.quantize, target_modules=DECODER, compute_dtype=dtype, device=device,
+            quant_storage=dtype if stage_3 else torch.uint8)  # ZeRO-3 cannot share out bytes
+    model = llava.from_pretrained(source, dtype, device, quantize)
+    if args.adapter:
+        lora.load(model, args.adapter, source, llava.transformers_name)
+    elif args.train_type == "use_lora":
+        print(lora.fold(lora.inject(model, args.lora_target_modules, args.lora_r, args.lora_alpha,
+                                    args.lora_dropout, args.use_rslora)))
+    modules = TRAIN_TYPES[args.train_type][0] if args.train_type else []
+    for name, p in model.named_parameters():
+        p.requires_grad_(name.split(".")[0] in modules or ".lora." in name)
+    return model
+
+
+def save_result(model, args, text, state: dict, out: Path, source: Path):
+    """Writes what was trained: a model folder, or an adapter. `plain` leaves the template alone."""
+    template = None if args.version == "plain" else text.tokenizer.chat_template
+    if args.train_type == "use_lora":
+        lora.save(model, out, source, llava.transformers_name, ["multi_modal_projector"], state)
+        (out / "chat_template.jinja").write_text(template)
+    else:
+        llava.save_pretrained(model, out, source, template, state)
 
 
 def schedule(step: int, total_steps: int, warmup_steps: int, kind: str) -> float:
@@ -67,7 +103,7 @@ def schedule(step: int, total_steps: int, warmup_steps: int, kind: str) -> float
 
 
 def make_optimizer(parameters: dict, args) -> torch.optim.AdamW:
-    """AdamW over {name: parameter}: a learning rate for each part, weight decay on matrices only."""
+    """AdamW over {name: parameter}: a learning rate for each part, no decay but on matrices."""
     rates = {"vision_tower": args.mm_vision_tower_lr, "language_model": args.learning_rate,
              "multi_modal_projector": args.mm_projector_lr}
     groups = {}
@@ -329,8 +365,8 @@ def answer(model, batch: dict, questions: Questions, engine, args, device) -> li
 # --- a run on disk ---
 
 # Flags that may differ between a run and its continuation: they change nothing that is learnt.
-FREE_FLAGS = {"resume_from_checkpoint", "dataloader_num_workers", "logging_steps", "save_steps",
-              "save_total_limit", "per_device_eval_batch_size", "local_rank"}
+FREE_FLAGS = {"output_dir", "resume_from_checkpoint", "dataloader_num_workers", "logging_steps",
+              "save_steps", "save_total_limit", "per_device_eval_batch_size", "local_rank"}
 
 
 def checkpoints(out: Path) -> list[Path]:
@@ -363,14 +399,19 @@ def open_run(args) -> tuple[str, Path | None]:
     return run["id"], Path(args.resume_from_checkpoint)
 
 
-def save_checkpoint(engine, out: Path, progress: dict, limit: int):
-    """All that a run needs to go on bit for bit, written aside, then renamed; `limit` are kept."""
+def save_checkpoint(engine, out: Path, progress: dict, limit: int, save_adapter=None):
+    """All that a run needs to go on bit for bit, written aside, then renamed; `limit` are kept.
+
+    `save_adapter(folder)` makes it a complete adapter too.
+    """
     target = out / f"checkpoint-{progress['step']}"
     part = target.with_suffix(".part")
     part.mkdir(exist_ok=True)
     engine.save(part)
     rng = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
     torch.save(rng, part / f"rng-{engine.rank}.pt")
+    if save_adapter:
+        save_adapter(part)
     engine.all_reduce(0)  # every rank has written its share
     if engine.rank == 0:
         (part / "progress.json").write_text(json.dumps(progress))
@@ -447,8 +488,8 @@ def describe(model, args, steps_per_epoch: int, total_steps: int, rows: int, wor
     """Prints what trains, the batch arithmetic, and the memory that follows from both."""
     print(f"{'module':<24}{'parameters':>16}{'trainable':>16}  dtype")
     for name, part in model.named_children():
-        count = sum(p.numel() for p in part.parameters())
-        trainable = sum(p.numel() for p in part.parameters() if p.requires_grad)
+        count = lora.count(part.parameters())
+        trainable = lora.count(p for p in part.parameters() if p.requires_grad)
         dtype = str(next(part.parameters()).dtype).removeprefix("torch.")
         print(f"{name:<24}{count:>16,}{trainable:>16,}  {dtype}")
     micro, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
@@ -456,7 +497,7 @@ def describe(model, args, steps_per_epoch: int, total_steps: int, rows: int, wor
           f"{micro * accumulation * world} rows a step")
     print(f"steps: {rows:,} rows, {steps_per_epoch:,} steps an epoch, {total_steps:,} in all")
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    training = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    training = lora.count(p for p in model.parameters() if p.requires_grad)
     sizes = {"weights": weights, "masters": 4 * training * args.bf16, "gradients": 4 * training,
              "moments": 8 * training}
     print("memory: " + ", ".join(f"{what} {size / 2**20:,.1f} MiB" for what, size in sizes.items()),
@@ -481,10 +522,10 @@ def count_flops(model, batch: dict) -> int:
         (model.language_model.get_output_embeddings(), supervised, 0)]
     total, gradient = 0, False
     for part, tokens, attention in parts:
-        weights = [m.weight for m in part.modules()
-                   if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d))]
-        training = sum(w.numel() for w in weights if w.requires_grad)
-        passing = 2 * tokens * sum(w.numel() for w in weights)
+        weights = [w for m in part.modules() for w in m.parameters(recurse=False)
+                   if lora.true_shape(w)[1:] and not isinstance(m, torch.nn.Embedding)]
+        training = lora.count(w for w in weights if w.requires_grad)
+        passing = 2 * tokens * lora.count(weights)
         gradient = gradient or training > 0
         total += passing + attention + gradient * (passing + 2 * attention) + 2 * tokens * training
     return total
@@ -597,7 +638,7 @@ def train(args, stop: StopRequest) -> int:
     source = llava.resolve(args.model_name_or_path)
     run_id, checkpoint = (None, None) if args.eval_only else open_run(args)
     out = Path(args.output_dir or os.devnull)
-    if (out / "final").is_dir():
+    if not args.eval_only and (out / "final").is_dir():
         print(f"{out}: this run is complete")
         return 0
 
@@ -607,14 +648,19 @@ def train(args, stop: StopRequest) -> int:
         path and data.open_dataset(path, args.image_folder, source, args.version,
                                    args.image_aspect_ratio, args.model_max_length, "skip", text)
         for path in (args.data_path, args.validation_data_path))
-    model = llava.from_pretrained(source, torch.bfloat16 if args.bf16 else torch.float32, device)
+    for rows in filter(None, (train_set, eval_set)):  # a look before anything is written
+        take_faults([{"faults": list(filter(None, [rows[0]["fault"]]))}], args)
+    model = load_model(args, source, device)
     collate = data.Collator(model.config.image_token_id, model.tokens_per_picture)
     if args.eval_only:
-        report(0, *evaluate(model, eval_set, Alone(), collate, args, device))
+        metrics, answers = evaluate(model, eval_set, Alone(), collate, args, device)
+        report(0, metrics, answers)
+        if args.output_dir:
+            out.mkdir(parents=True, exist_ok=True)
+            log = Log(out, -1, 0)
+            log.write("metrics.jsonl", {"step": 0, **metrics})
+            log.write("predictions.jsonl", *({"step": 0, **a} for a in answers))
         return 0
-    modules, _, _ = TRAIN_TYPES[args.train_type]
-    for name, p in model.named_parameters():
-        p.requires_grad_(name.split(".")[0] in modules)
     if args.gradient_checkpointing:
         model.language_model.gradient_checkpointing_enable({"use_reentrant": False})
     engine = (ZeRO if args.deepspeed else Plain)(model, args)
@@ -644,13 +690,19 @@ def train(args, stop: StopRequest) -> int:
     stop.watch(out)
     log = Log(out, progress["step"], engine.rank)
     bar = Progress(total_steps, progress["step"], engine.rank)
-    rate, first_window, stopping = matmul_rate(device, next(model.parameters()).dtype), FirstWindow(model), False
+    rate = matmul_rate(device, next(model.parameters()).dtype)
+    first_window, stopping = FirstWindow(model), False
 
     def validate():
         metrics, answers = evaluate(model, eval_set, engine, collate, args, device)
         log.write("metrics.jsonl", {"step": progress["step"], **metrics})
         log.write("predictions.jsonl", *({"step": progress["step"], **a} for a in answers))
         report(progress["step"], metrics, answers)
+
+    def save_to(folder):
+        state = engine.state()  # on every rank: it gathers
+        if engine.rank == 0:
+            save_result(model, args, text, state, folder, source)
 
     if eval_set and progress["step"] == 0:
         validate()
@@ -707,7 +759,8 @@ def train(args, stop: StopRequest) -> int:
             if step == steps_per_epoch and progress["skipped"] + progress["cut"]:
                 tqdm.write(f"{progress['skipped']} rows were skipped, {progress['cut']} cut short")
             if stopping or args.save_steps > 0 and step % args.save_steps == 0:
-                save_checkpoint(engine, out, progress, args.save_total_limit)
+                save_checkpoint(engine, out, progress, args.save_total_limit,
+                                save_to if args.train_type == "use_lora" else None)
             if stopping:
                 break
     bar.bar.close()
@@ -715,11 +768,11 @@ def train(args, stop: StopRequest) -> int:
         print(f"stopped after step {progress['step']} of {total_steps}: go on with "
               "--resume_from_checkpoint latest")
         return 3
-    template, state = text.tokenizer.chat_template, engine.state()
-    if engine.rank == 0:
-        llava.save_pretrained(model, out / "final", source,
-                              None if args.version == "plain" else template, state)
-    print(f"done: {out}/final\n  python model.py chat --model_name_or_path {out}/final --image F")
+    save_to(out / "final")
+    folder = f"{source} --adapter {out}/final" if args.train_type == "use_lora" else f"{out}/final"
+    print(f"done: {out}/final\n  python model.py chat --model_name_or_path {folder} --image FILE")
+    if args.train_type == "use_lora":
+        print(f"  python lora.py merge --model_name_or_path {folder} --out {out}/merged")
     return 0
 
 
@@ -747,6 +800,13 @@ def parse(argv) -> argparse.Namespace:
     add("--on_bad_record", choices=["stop", "skip"], default="stop", help="rows that do not work")
     # what trains, and how
     add("--train_type", choices=list(TRAIN_TYPES), help="what trains")
+    add("--bits", type=int, choices=[16, 4], default=16, help="4: the decoder in nf4 (QLoRA)")
+    add("--adapter", help="an adapter to evaluate, or to train on from")
+    add("--lora_r", type=int, default=128, help="rank")
+    add("--lora_alpha", type=float, default=256, help="its output counts alpha / r times")
+    add("--lora_dropout", type=float, default=0.05, help="share of its inputs that is dropped")
+    add("--lora_target_modules", default=DECODER, help="regular expression on whole paths")
+    add("--use_rslora", **flag, default=False, help="alpha / sqrt(r) instead of alpha / r")
     add("--num_train_epochs", type=float, default=1.0, help="passes over the rows")
     add("--max_steps", type=int, default=-1, help="optimizer steps; -1: as the epochs say")
     add("--per_device_train_batch_size", type=int, default=16, help="rows of a micro-batch")
@@ -777,16 +837,21 @@ def parse(argv) -> argparse.Namespace:
     add("--deepspeed", help="ds_zero2.json or ds_zero3.json")
     add("--local_rank", type=int, default=-1, help="set by the deepspeed launcher")
     args = parser.parse_args(argv)
-    needed = ("validation_data_path",) if args.eval_only else ("data_path", "output_dir", "train_type")
-    for name in needed:
+    for name in ("validation_data_path",) if args.eval_only else ("data_path", "output_dir",
+                                                                  "train_type"):
         if getattr(args, name) is None:
             parser.error(f"--{name} is needed")
-    _, rate, version = TRAIN_TYPES[args.train_type or "freeze_vision"]
+    if (args.bits == 4 or args.adapter) and args.train_type not in (None, "use_lora"):
+        parser.error(f"--train_type {args.train_type} trains the base: --bits 4 and --adapter are "
+                     "for use_lora")
+    _, rate, version = TRAIN_TYPES[args.train_type or "use_lora"]
     args.version = args.version or version
     args.learning_rate = rate if args.learning_rate is None else args.learning_rate
-    for name in ("mm_projector_lr", "mm_vision_tower_lr"):
-        if getattr(args, name) is None:
-            setattr(args, name, args.learning_rate)
+    if args.mm_projector_lr is None:
+        lora_run = args.train_type == "use_lora"
+        args.mm_projector_lr = LORA_PROJECTOR_LR if lora_run else args.learning_rate
+    if args.mm_vision_tower_lr is None:
+        args.mm_vision_tower_lr = args.learning_rate
     return args
 
 
