@@ -574,9 +574,9 @@ def plan_epoch(lengths, has_picture, global_batch: int, seed: int, epoch: int, b
     steps = []
     for group in [with_picture, without] if by_modality else [np.arange(len(lengths))]:
         rows = rng.permutation(group)
-        if by_modality:  # sorted in stretches of 32 steps: alike in a step, new mates each epoch
-            stretch = np.arange(len(rows)) // (32 * global_batch)
-            rows = rows[np.lexsort((-lengths[rows], stretch))]
+        if by_modality and len(rows):  # by length, give or take 5 %: other mates in each epoch
+            size = lengths[rows]
+            rows = rows[np.argsort(-size + rng.uniform(-0.05, 0.05, len(rows)) * size.mean())]
         missing = np.full(-len(rows) % global_batch, -1)
         steps.append(np.append(rows, missing).reshape(-1, global_batch))
     steps = rng.permutation(np.concatenate(steps))  # (steps, global_batch)

@@ -23,6 +23,7 @@ transformers' models/llava.
 
 import argparse
 import copy
+import functools
 import json
 import pickle
 import re
@@ -44,6 +45,7 @@ from transformers import (AutoConfig, AutoModel, AutoModelForCausalLM, AutoToken
 from transformers.utils import logging as transformers_logging
 
 IMAGE = "<image>"
+DECODER = r"language_model\.(?!lm_head).+"  # paths of the layers that LoRA adapts and 4 bits pack
 EMBEDDINGS, HEAD = "language_model.model.embed_tokens.weight", "language_model.lm_head.weight"
 
 
@@ -323,10 +325,16 @@ def match_weights(model: Llava, tensors: dict, where: str) -> dict:
     return tensors
 
 
-def load_weights(model: Llava, tensors: dict, where: str, dtype=None):
-    """Fills `model` from {name: tensor}, tensor by tensor, cast to `dtype` (None: as they are)."""
-    for name, tensor in match_weights(model, tensors, where).items():
-        model.disk_dtypes[name] = tensor.dtype
+def load_weights(model: Llava, tensors: dict, where: str, dtype=None, quantize=None):
+    """Fills `model` from {name: tensor}, tensor by tensor, cast to `dtype` (None: as they are).
+
+    `quantize(model, tensors=...)` may fill some layers its own way; it returns their paths.
+    """
+    tensors = match_weights(model, tensors, where)
+    model.disk_dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
+    for layer in quantize(model, tensors=tensors) if quantize else []:
+        tensors.pop(f"{layer}.weight"), tensors.pop(f"{layer}.bias", None)
+    for name, tensor in tensors.items():
         path, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(path), leaf, nn.Parameter(tensor.to(dtype or tensor.dtype)))
     if model.config.tie_word_embeddings:
@@ -334,11 +342,12 @@ def load_weights(model: Llava, tensors: dict, where: str, dtype=None):
         model.language_model.get_output_embeddings().weight = embeddings.weight
 
 
-def from_pretrained(folder: str | Path, dtype=None, device="cpu") -> Llava:
+def from_pretrained(folder: str | Path, dtype=None, device="cpu", quantize=None) -> Llava:
     """The model of a LLaVA folder, weights mapped from its files and cast to `dtype` last.
 
-    `dtype` None leaves them as they are on disk. Raises FileNotFoundError or ValueError, in one
-    line, where something is missing, unexpected or mis-shaped.
+    `dtype` None leaves them as they are on disk; `quantize`: see `load_weights`. Raises
+    FileNotFoundError or ValueError, in one line, where something is missing, unexpected or
+    mis-shaped.
     """
     folder = resolve(folder)
     config = read_config(folder)
@@ -350,9 +359,10 @@ def from_pretrained(folder: str | Path, dtype=None, device="cpu") -> Llava:
                          f"{config.text_config.vocab_size} embeddings")
     with EmptyOnMeta():
         model = Llava(config)
-    load_weights(model, open_weights(folder), str(folder), dtype)
+    load_weights(model, open_weights(folder), str(folder), dtype, quantize)
+    model.to(device)
     check_head(model.language_model)
-    return model.to(device)
+    return model
 
 
 def save_pretrained(model: Llava, out: Path, source: Path, chat_template: str | None = None,
@@ -642,13 +652,35 @@ def load_picture(file: str, transform):
         raise ValueError(f"--image {file}: {error}") from None
 
 
+def open_model(folder: Path, adapter, bits: int, dtype, device, quant_storage=torch.uint8) -> Llava:
+    """The model of a folder, with its decoder in 4 bits and with an adapter, where asked for."""
+    import lora
+
+    quantize = functools.partial(
+        lora.quantize, target_modules=DECODER, compute_dtype=dtype or torch.float32, device=device,
+        quant_storage=quant_storage)
+    model = from_pretrained(folder, dtype, device, quantize if bits == 4 else None)
+    if adapter:
+        lora.load(model, adapter, folder, transformers_name)
+    return model
+
+
+def open_tokenizer(folder: Path, adapter=None):
+    """The tokenizer of a folder, with the template that an adapter was trained with."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if adapter and (path := Path(adapter) / "chat_template.jinja").is_file():
+        tokenizer.chat_template = path.read_text()
+    return tokenizer
+
+
 def chat(args):
     """One answer on stdout with --prompt; else a conversation, its words printed as they come."""
     from data import ChatText, PictureTransform
 
     folder, cuda = resolve(args.model_name_or_path), torch.cuda.is_available()
-    model = from_pretrained(folder, *((torch.bfloat16, "cuda") if cuda else ())).eval()
-    text = ChatText(AutoTokenizer.from_pretrained(folder))
+    dtype, device = (torch.bfloat16, "cuda") if cuda else (None, "cpu")
+    model = open_model(folder, args.adapter, args.bits, dtype, device).eval()
+    text = ChatText(open_tokenizer(folder, args.adapter))
     transform = PictureTransform.from_pretrained(folder)
     options = {"max_new_tokens": args.max_new_tokens, "do_sample": args.temperature > 0}
     if args.temperature > 0:
@@ -704,6 +736,8 @@ def parse(argv):
     command = commands.add_parser("chat", help="talk to a model")
     add = command.add_argument
     add("--model_name_or_path", required=True, help="a LLaVA folder, or hub id")
+    add("--adapter", help="an adapter that was trained on it")
+    add("--bits", type=int, choices=[16, 4], default=16, help="4: the decoder in nf4")
     add("--image", nargs="*", default=[], help="pictures to begin with")
     add("--prompt", help="one question; its answer, alone, goes to stdout")
     add("--temperature", type=float, default=0.0, help="0 is greedy")

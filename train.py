@@ -42,7 +42,6 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
-from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 import data
@@ -57,24 +56,18 @@ TRAIN_TYPES = {
     "use_lora": (["multi_modal_projector"], 2e-4, "own"),
 }
 LORA_PROJECTOR_LR = 2e-5  # published too: the projector has learnt already, the adapters have not
-DECODER = r"language_model\.(?!lm_head).+"  # paths of all that LoRA adapts and 4 bits pack
 
 
 # --- model, schedule, parameter groups ---
 
 
 def load_model(args, source: Path, device: str):
-    """The model as the flags want it: quantized or not, with an adapter or not, what trains set."""
-    dtype, quantize = torch.bfloat16 if args.bf16 else torch.float32, None
-    if args.bits == 4:
-        stage_3 = args.deepspeed and deepspeed_config(args)["zero_optimization"]["stage"] == 3
-        quantize = functools.partial(
-            lora.quantize, target_modules=DECODER, compute_dtype=dtype, device=device,
-            quant_storage=dtype if stage_3 else torch.uint8)  # ZeRO-3 cannot share out bytes
-    model = llava.from_pretrained(source, dtype, device, quantize)
-    if args.adapter:
-        lora.load(model, args.adapter, source, llava.transformers_name)
-    elif args.train_type == "use_lora":
+    """The model as the flags want it: in 4 bits or not, with an adapter or not, what trains set."""
+    dtype, storage = torch.bfloat16 if args.bf16 else torch.float32, torch.uint8
+    if args.deepspeed and deepspeed_config(args)["zero_optimization"]["stage"] == 3:
+        storage = dtype  # ZeRO-3 cannot share out bytes
+    model = llava.open_model(source, args.adapter, args.bits, dtype, device, storage)
+    if args.train_type == "use_lora" and not args.adapter:
         print(lora.fold(lora.inject(model, args.lora_target_modules, args.lora_r, args.lora_alpha,
                                     args.lora_dropout, args.use_rslora)))
     modules = TRAIN_TYPES[args.train_type][0] if args.train_type else []
@@ -83,13 +76,20 @@ def load_model(args, source: Path, device: str):
     return model
 
 
+def save_adapter(model, text, state: dict, folder: Path, source: Path):
+    """Writes what a LoRA run trains, in PEFT's format, and the template that it trains with."""
+    lora.save(model, folder, source, llava.transformers_name, ["multi_modal_projector"], state)
+    (folder / "chat_template.jinja").write_text(text.tokenizer.chat_template)
+
+
 def save_result(model, args, text, state: dict, out: Path, source: Path):
-    """Writes what was trained: a model folder, or an adapter. `plain` leaves the template alone."""
-    template = None if args.version == "plain" else text.tokenizer.chat_template
+    """Writes what was trained, a model folder or an adapter, beside `out`, and renames it."""
     if args.train_type == "use_lora":
-        lora.save(model, out, source, llava.transformers_name, ["multi_modal_projector"], state)
-        (out / "chat_template.jinja").write_text(template)
-    else:
+        part = out.with_suffix(".part")
+        save_adapter(model, text, state, part, source)
+        llava.replace_folder(part, out)
+    else:  # `plain` is for training only: it leaves the folder's template as it is
+        template = None if args.version == "plain" else text.tokenizer.chat_template
         llava.save_pretrained(model, out, source, template, state)
 
 
@@ -399,10 +399,10 @@ def open_run(args) -> tuple[str, Path | None]:
     return run["id"], Path(args.resume_from_checkpoint)
 
 
-def save_checkpoint(engine, out: Path, progress: dict, limit: int, save_adapter=None):
+def save_checkpoint(engine, out: Path, progress: dict, limit: int, add_adapter):
     """All that a run needs to go on bit for bit, written aside, then renamed; `limit` are kept.
 
-    `save_adapter(folder)` makes it a complete adapter too.
+    `add_adapter(folder)` makes that of a LoRA run a complete adapter, too.
     """
     target = out / f"checkpoint-{progress['step']}"
     part = target.with_suffix(".part")
@@ -410,8 +410,7 @@ def save_checkpoint(engine, out: Path, progress: dict, limit: int, save_adapter=
     engine.save(part)
     rng = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
     torch.save(rng, part / f"rng-{engine.rank}.pt")
-    if save_adapter:
-        save_adapter(part)
+    add_adapter(part)
     engine.all_reduce(0)  # every rank has written its share
     if engine.rank == 0:
         (part / "progress.json").write_text(json.dumps(progress))
@@ -643,7 +642,7 @@ def train(args, stop: StopRequest) -> int:
         return 0
 
     # Rows and model.
-    text = data.ChatText(AutoTokenizer.from_pretrained(source), args.version)
+    text = data.ChatText(llava.open_tokenizer(source, args.adapter), args.version)
     train_set, eval_set = (
         path and data.open_dataset(path, args.image_folder, source, args.version,
                                    args.image_aspect_ratio, args.model_max_length, "skip", text)
@@ -699,10 +698,10 @@ def train(args, stop: StopRequest) -> int:
         log.write("predictions.jsonl", *({"step": progress["step"], **a} for a in answers))
         report(progress["step"], metrics, answers)
 
-    def save_to(folder):
+    def add_adapter(folder):
         state = engine.state()  # on every rank: it gathers
-        if engine.rank == 0:
-            save_result(model, args, text, state, folder, source)
+        if args.train_type == "use_lora" and engine.rank == 0:
+            save_adapter(model, text, state, folder, source)
 
     if eval_set and progress["step"] == 0:
         validate()
@@ -745,7 +744,7 @@ def train(args, stop: StopRequest) -> int:
             flops = sum(count_flops(model, batch) for batch in window)
             metrics = {
                 "step": step, "epoch": step / steps_per_epoch, "loss": loss,
-                "token_accuracy": right, "lr": engine.optimizer.param_groups[0]["lr"],
+                "token_accuracy": right, "lr": args.learning_rate * factor,
                 "grad_norm": grad_norm, "tokens_per_s": tokens / seconds,
                 "samples_per_s": count / seconds, "supervised": supervised / tokens,
                 "padded": 1 - tokens / slots, "waiting": waited / seconds,
@@ -759,8 +758,7 @@ def train(args, stop: StopRequest) -> int:
             if step == steps_per_epoch and progress["skipped"] + progress["cut"]:
                 tqdm.write(f"{progress['skipped']} rows were skipped, {progress['cut']} cut short")
             if stopping or args.save_steps > 0 and step % args.save_steps == 0:
-                save_checkpoint(engine, out, progress, args.save_total_limit,
-                                save_to if args.train_type == "use_lora" else None)
+                save_checkpoint(engine, out, progress, args.save_total_limit, add_adapter)
             if stopping:
                 break
     bar.bar.close()
@@ -768,7 +766,9 @@ def train(args, stop: StopRequest) -> int:
         print(f"stopped after step {progress['step']} of {total_steps}: go on with "
               "--resume_from_checkpoint latest")
         return 3
-    save_to(out / "final")
+    state = engine.state()  # on every rank: it gathers
+    if engine.rank == 0:
+        save_result(model, args, text, state, out / "final", source)
     folder = f"{source} --adapter {out}/final" if args.train_type == "use_lora" else f"{out}/final"
     print(f"done: {out}/final\n  python model.py chat --model_name_or_path {folder} --image FILE")
     if args.train_type == "use_lora":
@@ -805,7 +805,7 @@ def parse(argv) -> argparse.Namespace:
     add("--lora_r", type=int, default=128, help="rank")
     add("--lora_alpha", type=float, default=256, help="its output counts alpha / r times")
     add("--lora_dropout", type=float, default=0.05, help="share of its inputs that is dropped")
-    add("--lora_target_modules", default=DECODER, help="regular expression on whole paths")
+    add("--lora_target_modules", default=llava.DECODER, help="regular expression on whole paths")
     add("--use_rslora", **flag, default=False, help="alpha / sqrt(r) instead of alpha / r")
     add("--num_train_epochs", type=float, default=1.0, help="passes over the rows")
     add("--max_steps", type=int, default=-1, help="optimizer steps; -1: as the epochs say")
@@ -822,7 +822,8 @@ def parse(argv) -> argparse.Namespace:
     add("--gradient_checkpointing", **flag, default=False, help="less memory for more time")
     add("--group_by_modality_length", **flag, default=False, help="like rows share a step")
     add("--seed", type=int, default=42, help="of order and dropout")
-    add("--dataloader_num_workers", type=int, default=4, help="processes that prepare batches")
+    add("--dataloader_num_workers", type=int, default=min(4, len(os.sched_getaffinity(0))),
+        help="processes that prepare batches")
     # evaluation, saving, logging
     add("--eval_only", **flag, default=False, help="evaluate, and train nothing")
     add("--per_device_eval_batch_size", type=int, default=16, help="rows of an evaluation batch")
