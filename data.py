@@ -258,7 +258,7 @@ class ChatText:
             pieces = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
             self.stop_ids = [i for i, piece in enumerate(pieces) if "\n" in piece]
         else:
-            own = tokenizer.chat_template and tokenizer.get_chat_template()  # of several, the default
+            own = tokenizer.chat_template and tokenizer.get_chat_template()  # of several, one
             self.adopt_template(own if version == "own" else chat_template(version, tokenizer))
 
     def adopt_template(self, template: str | None):

@@ -533,7 +533,7 @@ def count_flops(model, batch: dict) -> int:
 def matmul_rate(device: str, dtype) -> float:
     """The device's best rate in products of square matrices, in FLOP/s: what MFU is a share of."""
     n, seconds = 4096 if device == "cuda" else 512, []
-    a = torch.randn(n, n, device=device, dtype=dtype)
+    a = torch.ones(n, n, device=device, dtype=dtype)  # not random: a run that goes on must repeat
     for _ in range(5):
         began = time.perf_counter()
         (a @ a).sum().item()
@@ -612,6 +612,7 @@ def loader(dataset, sampler, collate, args, device) -> DataLoader:
     workers = args.dataloader_num_workers
     return DataLoader(dataset, batch_sampler=sampler, collate_fn=collate, num_workers=workers,
                       multiprocessing_context="fork" if workers else None,
+                      generator=torch.Generator(),  # else it draws from the one of dropout
                       pin_memory=device == "cuda")
 
 
