@@ -278,6 +278,7 @@ def canonical(name: str) -> str:
 
 def transformers_name(name: str) -> str:
     """A tensor's or module's name in LlavaForConditionalGeneration in memory: PEFT's spelling."""
+    name = canonical(name)
     for ours, theirs in (("language_model.lm_head", "lm_head"),
                          ("language_model.model", "model.language_model"),
                          ("vision_tower.vision_model", "model.vision_tower"),
@@ -645,11 +646,9 @@ def load_picture(file: str, transform):
     from data import decode_picture
 
     try:
-        return torch.from_numpy(transform(decode_picture(Path(file).read_bytes())))
+        return torch.from_numpy(transform(decode_picture(Path(file).read_bytes(), file)))
     except FileNotFoundError:
         raise FileNotFoundError(f"--image {file}: no such file") from None
-    except ValueError as error:
-        raise ValueError(f"--image {file}: {error}") from None
 
 
 def open_model(folder: Path, adapter, bits: int, dtype, device, quant_storage=torch.uint8) -> Llava:

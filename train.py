@@ -26,7 +26,6 @@ transformers/optimization.py, ZeRO (arXiv:1910.02054).
 
 import argparse
 import contextlib
-import functools
 import json
 import math
 import os
@@ -274,10 +273,14 @@ class Questions(Dataset):
     """Each answer in the first `count` rows as a question: its item is what stands before it."""
 
     def __init__(self, rows: data.LlavaDataset, count: int):
-        self.rows = rows
-        turns = [data.parse_record(rows.records[i])[0] for i in range(count)]
-        self.asked = [(i, k) for i in range(count)
-                      for k in range(sum(turn["role"] == "assistant" for turn in turns[i]))]
+        self.rows, self.asked = rows, []
+        for i in range(count):
+            try:
+                turns, _ = data.parse_record(rows.records[i])
+            except ValueError:  # counted, or raised, by `take_faults` already
+                continue
+            answers = sum(turn["role"] == "assistant" for turn in turns)
+            self.asked += [(i, k) for k in range(answers)]
 
     def __len__(self) -> int:
         return len(self.asked)

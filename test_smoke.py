@@ -1,0 +1,2300 @@
+"""What must hold, each against something that this project did not write wherever it exists:
+transformers' LLaVA and processors, PEFT, plain torch, closed forms. Trap numbers in comments count the
+mistakes of earlier LLaVA trainers that a test guards against.
+
+    bash run.sh test            or: python -m pytest test_smoke.py -k text
+    bash run.sh test --all      the long ones too
+"""
+
+import contextlib
+import copy
+import functools
+import gc
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import types
+import zipfile
+import zlib
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings, strategies as st
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from tokenizers import (AddedToken, Regex, Tokenizer, decoders, models, normalizers,
+                        pre_tokenizers, processors, trainers)
+from torch import nn
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
+from transformers import (
+    AutoModel, AutoModelForCausalLM, AutoProcessor, AutoTokenizer, CLIPConfig, CLIPImageProcessor,
+    CLIPModel, CLIPVisionConfig, CLIPVisionModel, CohereConfig, Gemma2Config, GraniteConfig,
+    LlamaConfig, LlamaTokenizer, LlavaConfig, LlavaForConditionalGeneration, PhiConfig,
+    PreTrainedTokenizerFast, Qwen2Config, SiglipVisionConfig, get_cosine_schedule_with_warmup,
+    get_linear_schedule_with_warmup)
+
+import data
+import lora
+import model as llava
+import train
+from data import IGNORE, IMAGE, ChatText, PictureTransform
+
+HERE = Path(train.__file__).parent
+
+
+# --- data.py ---
+
+
+# --- tokenizers, made here ---
+
+TEXT = ["A chat between a curious user and an assistant. USER: ASSISTANT: What is it? A frog. On a leaf.",
+        "system\nuser\nassistant\n\nYou are a helpful assistant. Answer the questions. 12 30 the lion and a cat "] * 4
+QWEN_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
+              r"\s*[\r\n]+|\s+(?!\S)|\s+")
+
+
+def byte_level(pad="<|endoftext|>", rstrip=False):
+    """Like Qwen's: bytes, no start token."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(QWEN_SPLIT), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)])
+    bpe.decoder = decoders.ByteLevel()
+    bpe.train_from_iterator(TEXT, trainers.BpeTrainer(
+        vocab_size=600, show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    bpe.add_special_tokens(["<|endoftext|>", "<|im_start|>", AddedToken("<|im_end|>", rstrip=rstrip, normalized=False),
+                            "<s>", "<<s>>"])
+    return with_image(PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>", pad_token=pad))
+
+
+def sentencepiece(pad, legacy):
+    """Like Llama's: words with ▁ in front, bytes where there is no piece, <s> at the start."""
+    trained = Tokenizer(models.BPE())
+    trained.pre_tokenizer = pre_tokenizers.Metaspace()  # no piece reaches over a space
+    trained.train_from_iterator(TEXT, trainers.BpeTrainer(vocab_size=300, show_progress=False))
+    saved = json.loads(trained.to_str())["model"]
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), *saved["vocab"]]
+    bpe = Tokenizer(models.BPE({p: i for i, p in enumerate(pieces)}, [tuple(m) for m in saved["merges"]],
+                               unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    if legacy:  # ▁ in front of every stretch between special tokens
+        bpe.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    else:       # ▁ in front of the text only
+        bpe.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    bpe.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
+                                     decoders.Strip(" ", 1, 0)])
+    bpe.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+    bpe.add_special_tokens(["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"])
+    return with_image(PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>",
+                                              unk_token="<unk>", pad_token=pad))
+
+
+def with_image(tokenizer):
+    tokenizer.add_tokens([IMAGE], special_tokens=True)
+    return tokenizer
+
+
+TOKENIZERS = {
+    "bytes": lambda: byte_level(),
+    "bytes, pad = eos": lambda: byte_level(pad="<|im_end|>"),
+    "bytes, end token swallows newline": lambda: byte_level(rstrip=True),
+    "sentencepiece legacy, pad = unk": lambda: sentencepiece("<unk>", legacy=True),
+    "sentencepiece, pad = eos": lambda: sentencepiece("</s>", legacy=False),
+}
+
+
+@pytest.fixture(params=TOKENIZERS)
+def tokenizer(request):
+    return TOKENIZERS[request.param]()
+
+
+# --- templates ---
+
+SYSTEMS = {
+    "v1": "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
+          "detailed, and polite answers to the user's questions.",
+    "llava_llama_2": "You are a helpful language and vision assistant. You are able to understand the visual content "
+                     "that the user provides, and assist the user with a variety of tasks using natural language.",
+    "chatml_direct": "Answer the questions.",
+    "qwen": "You are a helpful assistant.",
+}
+# facts.md B3: what stands before the conversation, its turns, an answer as it is rendered
+FORMATS = {
+    "v1": ("{bos}{system} ", "USER: {q} ASSISTANT:", " {a}{eos}", ""),
+    "llava_llama_2": ("", "{bos}[INST] {system}{q} [/INST]", " {a} {eos}", ""),
+    "chatml_direct": ("{bos}<|im_start|>system\n{system}<|im_end|>",
+                      "<|im_start|>user\n{q}<|im_end|><|im_start|>assistant\n", "{a}<|im_end|>", ""),
+    "qwen": ("<|im_start|>system\n{system}<|im_end|>\n",
+             "<|im_start|>user\n{q}<|im_end|>\n<|im_start|>assistant\n", "{a}<|im_end|>", "\n"),
+}
+QWEN = ("{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+        "{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}{% endif %}"
+        "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+CHATML = "{% for message in messages %}" + QWEN[QWEN.index("{{'<|im_start|>'"):]
+NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + CHATML
+DROPS_SYSTEM = CHATML.replace("%}{{'", "%}{% if message.role != 'system' %}{{'", 1).replace("{% endfor", "{% endif %}{% endfor")
+WITH_BOS = "{{ bos_token }}" + CHATML
+PARTS = CHATML.replace("message['content']", "message['content'][0]['text']")
+NO_PREFIX = CHATML.replace("assistant\n", "assistant\n<think>")
+LLAVA_HF = ("{% for message in messages %}{{ message['role'].upper() + ': ' }}"
+            "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}"
+            "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}{{ content['text'] + ' ' }}"
+            "{% endfor %}{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}")
+
+
+def chat_text(tokenizer, version):
+    if version in ("v1", "llava_llama_2", "chatml_direct"):
+        return ChatText(tokenizer, version)
+    tokenizer.chat_template = QWEN if version == "qwen" else version
+    return ChatText(tokenizer)
+
+
+def render(version, tokenizer, turns, system=None):
+    """(prompts, answers): the text as facts.md B3 has it, in pieces; the last prompt is what follows the last answer."""
+    start, prompt, answer, behind = FORMATS[version]
+    system, prompts, answers = SYSTEMS[version] if system is None else system, [], []
+    if version == "llava_llama_2":
+        system = f"<<SYS>>\n{system}\n<</SYS>>\n\n" if system else ""
+    words = {"bos": tokenizer.bos_token or "", "eos": tokenizer.eos_token}
+    for i, (q, a) in enumerate(turns):
+        head = (start if i == 0 else behind) + prompt
+        prompts.append(head.format(q=q, system=system if i == 0 else "", **words))
+        answers.append(answer.format(a=a, **words))
+    return prompts + [behind], answers
+
+
+def messages_of(turns, system=None):
+    messages = [{"role": r, "content": t} for turn in turns for r, t in zip(("user", "assistant"), turn)]
+    return ([{"role": "system", "content": system}] if system is not None else []) + messages
+
+
+def plain_ids(tokenizer, text):
+    """The tokenizer's own ids for a whole string, with one start token where the model has one."""
+    if tokenizer.bos_token and text.startswith(tokenizer.bos_token):
+        return tokenizer(text, add_special_tokens=False).input_ids
+    return tokenizer(text).input_ids
+
+
+def decode(tokenizer, ids):
+    lead = tokenizer("a", add_special_tokens=False).input_ids  # its decoder drops the text's first space
+    return tokenizer.decode(lead + ids, clean_up_tokenization_spaces=False).removeprefix("a")
+
+
+def supervised(text, messages):
+    """The decoded stretches of labels, one for each answer."""
+    ids, labels = text.ids_and_labels(messages)
+    assert all(label in (IGNORE, i) for i, label in zip(ids, labels, strict=True))
+    spans = [[]]
+    for label in labels:
+        spans += [[]] if label == IGNORE and spans[-1] else []
+        spans[-1] += [label] if label != IGNORE else []
+    return [decode(text.tokenizer, span) for span in spans if span]
+
+
+TURNS = [(f"{IMAGE}\nWhat is it?", "A frog."), ("Where?", "On a leaf, at 12:30."), ("Sure?", "Yes\n\n1. I am")]
+
+
+@pytest.mark.parametrize("version", FORMATS)
+@pytest.mark.parametrize("system", [None, "Be short.", ""])
+def test_ids_are_the_tokenizers_own_and_labels_the_answers(tokenizer, version, system):  # traps 4, 6, 7, 8, 30, 42, 44, 46
+    text = chat_text(tokenizer, version)
+    for n in (1, 2, 3):
+        prompts, answers = render(version, tokenizer, TURNS[:n], system)
+        messages = messages_of(TURNS[:n], system)
+        whole = "".join(p + a for p, a in zip(prompts, answers + [""]))
+        assert text.render(messages) == whole
+        ids, labels = text.ids_and_labels(messages)
+        assert ids == plain_ids(tokenizer, whole)
+        if tokenizer.bos_token and version != "llava_llama_2":  # that one has a start token in each turn
+            assert ids.count(tokenizer.bos_token_id) == 1 and ids[0] == tokenizer.bos_token_id
+        assert supervised(text, messages) == answers
+        for k in range(n):  # what is asked at inference is what was trained on, and what anyone else feeds
+            asked = messages[:len(messages) - 2 * (n - k) + 1]
+            prompt = text.ids_and_labels(asked, prompt=True)[0]
+            assert prompt == ids[:len(prompt)] and labels[len(prompt)] != IGNORE == labels[len(prompt) - 1]
+            theirs = tokenizer.apply_chat_template(asked, add_generation_prompt=True).input_ids
+            assert prompt in (theirs, text.bos + theirs)
+
+
+def test_plain_is_picture_and_caption_without_end_token(tokenizer):  # trap 37
+    text = ChatText(tokenizer, "plain")
+    ids, labels = text.ids_and_labels(messages_of(TURNS[:1]))
+    assert ids == tokenizer(f"{IMAGE}A frog.\n").input_ids and tokenizer.eos_token_id not in ids
+    assert [a.lstrip(" ") for a in supervised(text, messages_of(TURNS[:1]))] == ["A frog.\n"]  # legacy: a space in front
+    assert text.tokenizer.chat_template is None and ids[-1] in text.stop_ids
+    for wrong in (messages_of(TURNS[:2]), messages_of(TURNS[1:2]), messages_of(TURNS[:1], "Be short.")):
+        with pytest.raises(ValueError, match="--version plain takes one human and one gpt turn"):
+            text.ids_and_labels(wrong)
+
+
+@pytest.mark.parametrize("template", [
+    QWEN, CHATML, NO_SYSTEM, DROPS_SYSTEM, WITH_BOS, PARTS, {"default": CHATML, "tool_use": "{{ 1 }}"}, *SYSTEMS])
+def test_saved_template_takes_strings_and_parts_with_equal_ids(template, tmp_path):
+    tokenizer = sentencepiece("<unk>", legacy=False)
+    text = chat_text(tokenizer, template)
+    question = [{"type": "image"}, {"type": "text", "text": "What is it?"}]
+    for content in (TURNS[0][0], question):
+        theirs = tokenizer.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        ours = text.ids_and_labels(messages_of(TURNS)[:1], prompt=True)[0]
+        assert ours in (theirs.input_ids, text.bos + theirs.input_ids)
+        assert ours.count(1) == 1 == ours.count(text.image_token_id)
+    once = tokenizer.chat_template
+    assert ChatText(tokenizer).tokenizer.chat_template == once  # a folder that we wrote is taken as it is
+    answers = [a for _, a in TURNS]
+    assert [s.strip().removesuffix("</s>").removesuffix("<|im_end|>").strip()
+            for s in supervised(text, messages_of(TURNS))] == answers
+
+
+@pytest.mark.parametrize("template, error", [
+    (LLAVA_HF, "puts no end token behind an answer.* --version v1"),
+    (NO_PREFIX, "generation prompt does not begin .* --version v1"),
+    (None, "no chat template: .* --version v1"),
+    ("{{ messages[0].content.nothing.at_all }}", "the chat template refuses"),
+    ("{% for m in messages %}{{ m.role + ': ' + m.content }}{{ '</s>' if loop.last and m.role != 'user' else '\n' }}{% endfor %}"
+     "{{ 'assistant: ' if add_generation_prompt else '' }}", "puts no end token"),
+])
+def test_template_that_cannot_teach_is_refused_in_one_line(template, error):
+    tokenizer = sentencepiece("<unk>", legacy=True)
+    with pytest.raises(ValueError, match=error) as refused:
+        chat_text(tokenizer, template)
+    assert "\n" not in str(refused.value)
+
+
+def test_system_turn_that_a_template_refuses_or_drops_is_one_clear_line():  # trap 47
+    for template, error in ((NO_SYSTEM, "refuses this conversation: System role not supported"),
+                            (DROPS_SYSTEM, "drops the system turn")):
+        text = chat_text(byte_level(), template)
+        assert supervised(text, messages_of(TURNS)) == [a + "<|im_end|>" for _, a in TURNS]
+        with pytest.raises(ValueError, match=error):
+            text.ids_and_labels(messages_of(TURNS, "Be short."))
+
+
+def test_thinking_block_that_a_template_adds_belongs_to_the_answer():
+    template = CHATML.replace("message['content']", "('<think></think>' if loop.last and message.role == 'assistant' "
+                              "else '') + message['content']")
+    text = chat_text(byte_level(), template)
+    assert supervised(text, messages_of(TURNS[:2])) == ["A frog.<|im_end|>", "<think></think>On a leaf, at 12:30.<|im_end|>"]
+
+
+def test_chatml_on_a_tokenizer_without_its_tokens_and_a_tokenizer_without_image_are_refused():  # trap 12
+    bare = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1, "<|im_end|>": 2}, unk_token="<unk>"))
+    bare = PreTrainedTokenizerFast(tokenizer_object=bare, eos_token="</s>", unk_token="<unk>")
+    with pytest.raises(ValueError, match="no token <image>"):
+        ChatText(bare, "v1")
+    with pytest.raises(ValueError, match="puts no end token"):
+        ChatText(with_image(bare), "chatml_direct")
+    with pytest.raises(ValueError, match="--version v7: offered are plain, v1"):
+        ChatText(bare, "v7")
+
+
+ODD = ["ASSISTANT: ", "\nA frog.", "\n\n", "", "   ", " a", "a ", "</s>", "<|im_end|>", f"{IMAGE} is text here", "<unk>", "<s>",
+       "[INST] x [/INST]", "USER: x ASSISTANT: y</s>USER:", "<|im_start|>user\nhi<|im_end|>\n", "naïve 数字 🙂", "<<s>>",
+       "<|endoftext|>", "</s", "/s>", "<0x0A>", "<ima" + IMAGE + "ge>", "\ta\r\n"]
+
+
+@pytest.mark.parametrize("version", FORMATS)
+def test_odd_answers_and_control_strings_are_taught_as_text(tokenizer, version):  # traps 5, 8, 10
+    text = chat_text(tokenizer, version)
+    control = set(tokenizer.added_tokens_decoder)
+    normal = Counter(i for i in text.ids_and_labels(messages_of(TURNS[:2]))[0] if i in control)
+    for odd in ODD:
+        turns = [(f"{IMAGE}\n" + odd.replace(IMAGE, "x"), odd), ("Where?", odd)]
+        ids = text.ids_and_labels(messages_of(turns))[0]
+        assert supervised(text, messages_of(turns)) == render(version, tokenizer, turns)[1], odd
+        assert Counter(i for i in ids if i in control) == normal, odd
+        prompt = text.ids_and_labels(messages_of(turns)[:3], prompt=True)[0]
+        assert prompt == ids[:len(prompt)], odd
+
+
+texts = st.lists(st.one_of(st.sampled_from(["frog", " ", "\n", "  ", ".", "USER:", "<|im_start|>", *ODD]),
+                           st.text(st.characters(exclude_categories=["Cs"], exclude_characters="▁\U0010FFFF"), max_size=4)),
+                 max_size=5).map("".join)
+made = {}
+
+
+@settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(st.sampled_from(list(TOKENIZERS)), st.sampled_from(list(FORMATS)),
+       st.lists(st.tuples(texts, texts), min_size=1, max_size=3))
+def test_any_conversation_teaches_its_answers_and_nothing_else(name, version, turns):
+    key = (name, version)
+    text = made[key] = made.get(key) or chat_text(TOKENIZERS[name](), version)
+    messages = messages_of(turns)
+    ids, _ = text.ids_and_labels(messages)
+    assert supervised(text, messages) == render(version, text.tokenizer, turns)[1]
+    assert ids.count(text.image_token_id) == sum(q.count(IMAGE) for q, _ in turns)
+    prompt = text.ids_and_labels(messages[:-1], prompt=True)[0]
+    assert prompt == ids[:len(prompt)]
+
+
+def test_text_that_cannot_be_encoded_is_one_clear_error():
+    bare = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1, "a": 2}, unk_token="<unk>"))
+    bare.pre_tokenizer = pre_tokenizers.Whitespace()
+    text = ChatText(with_image(PreTrainedTokenizerFast(tokenizer_object=bare, eos_token="</s>", unk_token="<unk>")), "v1")
+    with pytest.raises(ValueError, match="cannot encode a control string"):
+        text.ids_and_labels(messages_of([("a", "b </s>")]))
+    for text_of_no_character in ("\ud800", "\U0010FFFF"):
+        with pytest.raises(ValueError, match="no character"):
+            chat_text(byte_level(), QWEN).ids_and_labels(messages_of([("a", text_of_no_character)]))
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """A LLaVA folder as `model.py build --tiny` writes it."""
+    folder = tmp_path_factory.mktemp("tiny") / "model"
+    assert llava.main(["build", "--tiny", "--out", str(folder)]) == 0
+    return folder
+
+
+def test_processor_of_a_folder_gives_the_same_ids_and_pixels(tiny, tmp_path):  # trap 43
+    noise(400, 300).save(tmp_path / "a.png")
+    parts = [{"type": "image", "path": str(tmp_path / "a.png")}, {"type": "text", "text": "What is it?"}]
+    theirs = AutoProcessor.from_pretrained(tiny).apply_chat_template(
+        [{"role": "user", "content": parts}], tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True)
+    rows = write(tmp_path / "a.json", json.dumps([row([TURNS[0][0], "A frog."], image="a.png")]))
+    dataset = data.open_dataset(rows, tmp_path, tiny)
+    ours = data.Collator(dataset.image_token_id, 576)([dataset[0]])
+    prompt = theirs["input_ids"].shape[1]
+    assert ours["input_ids"][:, :prompt].equal(theirs["input_ids"]) and (ours["labels"][0, :prompt] == IGNORE).all()
+    assert (ours["pixel_values"] - theirs["pixel_values"]).abs().max() < 1e-5 and ours["labels"][0, prompt] != IGNORE
+
+
+def test_tokenizer_that_would_change_when_saved_is_refused(tmp_path):  # traps 12, 45
+    for name, make in TOKENIZERS.items():
+        tokenizer = make()
+        tokenizer.save_pretrained(tmp_path / name)
+        saved, image_token_id = llava.add_image_token(tmp_path / name, tmp_path / f"{name} with image")
+        for text in ("A frog. </s>USER: x\n\ny", f"{IMAGE}\nWhat <|im_end|>\n is  it?"):
+            assert saved(text).input_ids == tokenizer(text).input_ids
+        assert saved.convert_tokens_to_ids(IMAGE) == image_token_id == tokenizer.convert_tokens_to_ids(IMAGE)
+
+
+# --- pictures ---
+
+
+def noise(width, height, mode="RGB"):
+    """Smooth shapes and noise, so that a shift by a pixel shows."""
+    rng = np.random.default_rng(width * height)
+    picture = Image.fromarray(rng.integers(0, 255, (height, width, 4), np.uint8), "RGBA")
+    picture = picture if mode == "RGBA" else picture.convert("RGB")
+    return picture.convert("I").convert(mode) if mode == "I;16" else picture.convert(mode)
+
+
+def encoded(picture, kind="PNG"):
+    file = io.BytesIO()
+    picture.save(file, kind)
+    return file.getvalue()
+
+
+MEAN, STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
+
+
+SIZES = [(336, 336), (640, 480), (333, 1000), (1001, 337), (1, 1), (2, 7), (335, 337), (50, 900)]
+KINDS = ["L", "LA", "RGBA", "P", "1", "CMYK", "I;16"]
+
+
+@pytest.mark.parametrize("size, kind", [*((size, "RGB") for size in SIZES), *(((300, 200), kind) for kind in KINDS)])
+@pytest.mark.parametrize("aspect", ["pad", "square"])
+def test_pixels_equal_transformers(tiny, size, kind, aspect):
+    processor = AutoProcessor.from_pretrained(tiny).image_processor
+    assert processor.do_pad
+    if aspect == "square":
+        processor = CLIPImageProcessor(size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336})
+    file = encoded(noise(*size, kind), "TIFF" if kind == "CMYK" else "PNG")
+    ours = data.PictureTransform(336, MEAN, STD, aspect)(data.decode_picture(file))
+    theirs = processor(Image.open(io.BytesIO(file)).convert("RGB"), return_tensors="np")["pixel_values"][0]
+    assert ours.shape == (3, 336, 336) and ours.dtype == np.float32
+    assert np.abs(ours - theirs).max() < 1e-5
+
+
+def test_padding_has_the_mean_colour_and_square_loses_the_ends():
+    red = Image.new("RGB", (672, 336), (255, 0, 0))
+    red.paste((0, 0, 255), (0, 0, 100, 336))
+    pad, square = (data.PictureTransform(336, MEAN, STD, aspect)(red) for aspect in ("pad", "square"))
+    background = (np.float32([122, 116, 104]) / 255 - MEAN) / STD
+    assert np.allclose(pad[:, 0, 0], background, atol=1e-6) and np.allclose(pad[:, 335, 335], background, atol=1e-6)
+    assert (np.ptp(square, axis=(1, 2)) == 0).all()  # the blue end is gone
+
+
+@pytest.mark.parametrize("size", [(40_000, 3), (2, 90_000), (1, 60_000)])
+def test_extreme_aspect_ratio_costs_no_memory(size, monkeypatch):
+    picture, made = data.decode_picture(encoded(Image.new("RGB", size, (250, 250, 250)))), []
+    new, resize = Image.new, Image.Image.resize
+    monkeypatch.setattr(Image, "new", lambda mode, size, *a: made.append(size) or new(mode, size, *a))
+    monkeypatch.setattr(Image.Image, "resize", lambda self, size, *a: made.append(size) or resize(self, size, *a))
+    for aspect in ("pad", "square"):
+        pixels = data.PictureTransform(336, MEAN, STD, aspect)(picture)
+        assert pixels.shape == (3, 336, 336) and 0 < pixels[:, 168, 168].mean() and abs(pixels).max() < 3
+    assert max(wide * high for wide, high in made) <= 2**24
+
+
+def test_what_is_no_picture_is_one_clear_error():  # trap 32
+    bomb = bytearray(encoded(noise(9, 9)))
+    bomb[16:24] = struct.pack(">2I", 20_000, 20_000)
+    bomb[29:33] = struct.pack(">I", zlib.crc32(bomb[12:29]))
+    whole = encoded(noise(300, 300), "JPEG")
+    for bad in (b"", b"no picture", whole[:2000], bytes(bomb), encoded(noise(64, 64))[:-40], b"\x89PNG\r\n\x1a\n"):
+        with pytest.raises(ValueError, match="picture a.png: not one that can be read") as error:
+            data.decode_picture(bad, "a.png")
+        assert "\n" not in str(error.value) and "0x" not in str(error.value)
+
+
+def test_zip_is_read_as_the_folder_is(tmp_path):
+    (tmp_path / "folder" / "deep").mkdir(parents=True)
+    files = {"a.png": encoded(noise(30, 20)), "deep/b.jpg": encoded(noise(20, 30), "JPEG"), "deep/é ü.bin": b"x" * 5000}
+    for name, content in files.items():
+        (tmp_path / "folder" / name).write_bytes(content)
+    for method in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        with zipfile.ZipFile(tmp_path / "z.zip", "w", method) as archive:
+            for name in files:
+                archive.write(tmp_path / "folder" / name, name)
+        for place in ("folder", "z.zip"):
+            pictures = data.Pictures(tmp_path / place)
+            assert {name: pictures.read(name) for name in files} == files
+            for missing in ("c.png", "deep", "x" * 5000, "\0"):
+                with pytest.raises(FileNotFoundError, match="picture "):
+                    pictures.read(missing)
+        whole = bytearray((tmp_path / "z.zip").read_bytes())
+        far = whole.index(b"PK\1\2") + 42  # in the directory, where the first picture begins
+        for at, wrong in ((35, b"\xff" * 20), (60, b"?" * 20), (far, b"\xff\xff\xff\x7f")):
+            bad = write(tmp_path / "bad.zip", bytes(whole[:at] + wrong + whole[at + len(wrong):]))
+            with pytest.raises(ValueError, match="picture a.png in .*: damaged"):
+                data.Pictures(bad).read("a.png")
+    for name, content in {"cut.zip": whole[:900], "text.zip": b"hello", "directory.zip": whole.replace(b"PK\1\2", b"PK\1\3")}.items():
+        write(tmp_path / name, bytes(content))
+        with pytest.raises(ValueError, match="neither a folder nor a whole .zip"):
+            data.Pictures(tmp_path / name)
+    with pytest.raises(FileNotFoundError, match="no such folder or .zip"):
+        data.Pictures(tmp_path / "nowhere")
+
+
+# --- records ---
+
+
+def row(turns, **more):
+    names = ["human", "gpt"]
+    return {"conversations": [{"from": names[i % 2], "value": t} for i, t in enumerate(turns)], **more}
+
+
+@pytest.mark.parametrize("wrong, error", [
+    ([], "expected {"), ("text", "expected {"), (None, "expected {"), ({}, "expected {"),
+    ({"conversations": "hello"}, "expected {"), ({"conversations": [1]}, "expected {"),
+    ({"conversations": [{"from": "human"}]}, "expected {"), ({"conversations": [{"from": "human", "value": 3}]}, "expected {"),
+    ({"conversations": []}, "no gpt turn"), (row(["hi"]), "no gpt turn"),
+    ({"conversations": [{"from": "system", "value": "x"}]}, "no gpt turn"),
+    ({"conversations": [{"from": "user", "value": "x"}]}, "'user' is no role"),
+    ({"conversations": [{"value": "x"}]}, "None is no role"), ({"conversations": [{"from": [], "value": "x"}]}, "is no role"),
+    ({"conversations": [{"from": "human", "value": "x"}] * 2}, "turn 2 is human's: .*alternate"),
+    ({"conversations": [{"from": "gpt", "value": "x"}]}, "turn 1 is gpt's: .*human first"),
+    ({"conversations": row(["a", "b"])["conversations"] + [{"from": "system", "value": "x"}]}, "turn 3 is system's"),
+    (row(["hi", "yes"], image="a.png"), "1 picture.* but 0 <image>"),  # trap 1
+    (row([f"{IMAGE} hi", "yes"]), "0 picture.* but 1 <image>"),
+    (row([f"{IMAGE}{IMAGE} hi", "yes"], image="a.png"), "1 picture.* but 2 <image>"),
+    (row([f"{IMAGE} hi", "yes"], image=["a", "b"]), "2 picture.* but 1 <image>"),
+    (row(["hi", f"{IMAGE} yes"], image="a.png"), "1 picture.* but 0 <image>"),
+    (row([f"{IMAGE} hi", "yes"], image=3), "neither a file name nor a list"),
+    (row([f"{IMAGE} hi", "yes"], image=[None]), "neither a file name nor a list"),
+])
+def test_wrong_row_is_one_clear_error(wrong, error):
+    with pytest.raises(ValueError, match=error) as refused:
+        data.parse_record(wrong)
+    assert "\n" not in str(refused.value)
+
+
+def test_right_rows_are_taken_as_they_are():  # traps 5, 6, 10
+    turns = [f"{IMAGE}a{IMAGE}", f"b {IMAGE}", f"{IMAGE}c", "d", "and?"]
+    messages, images = data.parse_record(row(turns, id="1", image=["1.png", "2.png", "3.png"], answers=[1]))
+    assert [m["content"] for m in messages] == turns[:4] and images == ["1.png", "2.png", "3.png"]  # the question at the end is dropped
+    assert [m["role"] for m in messages] == ["user", "assistant"] * 2
+    assert data.parse_record(row(["a", ""]))[1] == data.parse_record(row(["a", ""], image=None))[1] == []
+    assert data.parse_record(row([f"a\n{IMAGE}", "b"], image="x"))[1] == ["x"]
+    system = {"conversations": [{"from": "system", "value": IMAGE}, *row(["a", "b"])["conversations"]]}
+    assert [m["role"] for m in data.parse_record(system)[0]] == ["system", "user", "assistant"]
+
+
+def write(path, content):
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def test_records_come_back_as_they_were(tmp_path):  # trap 33
+    rows = [row([f"{IMAGE}\nWas ist das?", "Ein Frosch 🐸"], id="004539375", image="a.png", answers=["x"] * 10),
+            row(["hi", "yes"], id=7), row(["\ud800", "x"]), [1], row(["hi", "yes"] * 50, image=["a", "b"])]
+    for path in (write(tmp_path / "a.json", json.dumps(rows, indent=1)),
+                 write(tmp_path / "b.json", b"\xef\xbb\xbf" + json.dumps(rows[:2], ensure_ascii=False).encode()),
+                 write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, rows)) + "\n\n")):
+        records = data.Records(path, 576)
+        assert [records[i] for i in range(len(records))] == rows[:len(records)] and len(records) >= 2
+    assert records.has_picture.tolist() == [True, False, False, False, True]
+    assert records.lengths.argsort()[::-1][:2].tolist() == [4, 0] and 576 < records.lengths[0] < 700
+    assert "row 0 (id 004539375)" in records.where(0) and records.where(3).endswith("row 3")
+
+
+@pytest.mark.parametrize("name, content, error", [
+    ("a.json", '[\n{"id": 1},\n{"id" 2}]', "a.json: line 3: not JSON"), ("a.jsonl", '{"id": 1}\n\n{"id"', "a.jsonl: line 3: not JSON"),
+    ("a.jsonl", b'{"id": 1}\n{"id": "\xff"}', "a.jsonl: line 2: not JSON"), ("a.json", "", "a.json: line 1: not JSON"),
+    ("a.json", "{}", "expected a list of rows, found dict"), ("a.json", "[]", "no rows"), ("a.jsonl", "\n", "no rows"),
+    ("a.json", "[" * 100_000, "not JSON"), ("a.json", "[1" + "0" * 5000 + "]", "not JSON"),
+    ("a.json", b"[\xff]", "not JSON"),
+])
+def test_broken_file_names_the_line(tmp_path, name, content, error):
+    with pytest.raises(ValueError, match=error) as refused:
+        data.Records(write(tmp_path / name, content))
+    assert "\n" not in str(refused.value)
+
+
+# --- rows and batches ---
+
+
+@pytest.fixture
+def open_rows(tiny, tmp_path):
+    """Writes rows, and pictures 0.png, 1.png ... of one shade each, and opens them as a dataset."""
+    def make(rows, **options):
+        for i in range(3):
+            Image.new("RGB", (40, 30), (80 * i,) * 3).save(tmp_path / f"{i}.png")
+        (tmp_path / "bad.png").write_bytes(b"no picture")
+        return data.open_dataset(write(tmp_path / "rows.json", json.dumps(rows)), tmp_path, tiny, **options)
+    return make
+
+
+def shades(pixels):
+    return pixels[:, :, 168, 168].mean(1).argsort().tolist()
+
+
+def test_pictures_keep_the_order_of_their_placeholders(open_rows):  # traps 10, 11
+    dataset = open_rows([row([f"{IMAGE}{IMAGE} which?", f"{IMAGE} is text", f"and {IMAGE}?", "no"], image=["2.png", "0.png", "1.png"]),
+                         row(["hi", "yes"]), row([f"{IMAGE}", "x"], image="1.png")])
+    collate = data.Collator(dataset.image_token_id, 576)
+    batch = collate([dataset[i] for i in (0, 1, 2, -1)])
+    image = batch["input_ids"] == dataset.image_token_id
+    assert image.sum(1).tolist() == [3 * 576, 0, 576, 0] and batch["pixel_values"].shape == (4, 3, 336, 336)
+    assert shades(batch["pixel_values"][:3]) == [1, 2, 0]
+    assert (batch["labels"][image] == IGNORE).all() and batch["rows"] == [0, 1, 2, -1]
+    for k, length in enumerate(batch["lengths"]):  # right-padded; labels are the ids, or ignored
+        ids, labels = batch["input_ids"][k], batch["labels"][k]
+        assert (labels[length:] == IGNORE).all() and ((labels == ids) | (labels == IGNORE)).all()
+        assert length == 1 if k == 3 else labels[:length][-2] != IGNORE  # the end token, before its newline
+    text_only = collate([dataset[1], dataset[-1]])
+    assert text_only["pixel_values"].shape == (0, 3, 336, 336) and (text_only["labels"] != IGNORE).any()
+    with pytest.raises(AssertionError, match="row 2: 1 <image> ids for 0 pictures"):
+        collate([{**dataset[2], "pixel_values": torch.zeros(0, 3, 336, 336)}])
+
+
+def test_long_row_loses_the_end_of_its_answer_never_a_picture(open_rows):  # traps 9, 31
+    rows = [row([f"{IMAGE}\nWhat?", "one two three four five six"], id="long", image="1.png"),
+            row([f"{IMAGE} a", "b", f"c {IMAGE}", "d"], id="two", image=["1.png", "0.png"])]
+    full = open_rows(rows)[0]
+    width = len(full["input_ids"]) + 575
+    first = int((full["labels"] == IGNORE).int().argmin()) + 575  # tokens before the answer
+    dataset = open_rows(rows)
+    for limit in range(first + 1, width + 1):
+        dataset.max_length = limit
+        item = dataset[0]
+        assert len(item["input_ids"]) + 575 == limit and item["cut"] == width - limit
+        assert item["labels"].equal(full["labels"][:limit - 575])
+    for i, limit in ((0, first), (0, 300), (1, first + 20)):
+        error = "nothing is left to learn from" if limit == first else "would cut off a picture"
+        with pytest.raises(ValueError, match=rf"row {i} \(id .*{error}"):
+            open_rows(rows, max_length=limit)[i]
+        skipped = open_rows(rows, max_length=limit, on_bad_record="skip")[i]
+        assert error in skipped["fault"] and (skipped["labels"] == IGNORE).all() and len(skipped["pixel_values"]) == 0
+
+
+def test_bad_row_stops_or_is_skipped_with_one_line(open_rows):  # trap 32
+    rows = [row([f"{IMAGE} a", "b"], id="good", image="1.png"), row([f"{IMAGE} a", "b"], id="gone", image="nowhere.png"),
+            row([f"{IMAGE} a", "b"], id="bad", image="bad.png"), row(["a"], id="mute"), row(["\ud800", "b"], id="half"), 5]
+    errors = {1: "id gone.*nowhere.png", 2: "id bad.*bad.png.*can be read", 3: "id mute.*no gpt turn", 4: "id half.*no character",
+              5: "row 5: expected"}
+    for i, error in errors.items():
+        with pytest.raises((ValueError, FileNotFoundError), match=error):
+            open_rows(rows)[i]
+    dataset = open_rows(rows, on_bad_record="skip")
+    batch = data.Collator(dataset.image_token_id, 576)([dataset[i] for i in range(6)])
+    assert len(batch["faults"]) == 5 and not any("\n" in fault for fault in batch["faults"])
+    assert (batch["labels"][1:] == IGNORE).all() and (batch["labels"][0] != IGNORE).any() and len(batch["pixel_values"]) == 1
+
+
+def test_folder_that_is_no_llava_is_one_clear_error(tiny, tmp_path):
+    rows = write(tmp_path / "a.json", json.dumps([row([f"{IMAGE} a", "b"], image="x")]))
+    write(tmp_path / "config.json", '{"model_type": "qwen2"}')
+    with pytest.raises(ValueError, match="not a LLaVA folder, but qwen2"):
+        data.open_dataset(rows, tmp_path, tmp_path)
+    with pytest.raises(ValueError, match="has pictures: say where with --image_folder"):
+        data.open_dataset(rows, None, tiny)
+    with pytest.raises(FileNotFoundError, match="no preprocessor_config.json"):
+        data.PictureTransform.from_pretrained(tmp_path)
+
+
+# --- the order of rows ---
+
+
+@pytest.mark.parametrize("rows, batch", [(1000, 16), (5, 8), (64, 8), (33, 4), (1, 1)])
+@pytest.mark.parametrize("by_modality", [False, True])
+def test_epoch_has_every_row_once_and_the_longest_step_first(rows, batch, by_modality):  # trap 23
+    rng = np.random.default_rng(0)
+    lengths, has_picture = rng.integers(5, 900, rows), rng.random(rows) < 0.7
+    plan = lambda seed=0, epoch=0: data.plan_epoch(lengths, has_picture, batch, seed, epoch, by_modality)  # noqa: E731
+    steps = plan()
+    assert (steps == plan()).all() and steps.shape[1] == batch
+    assert sorted(steps[steps >= 0]) == list(range(rows))  # complete, no row twice
+    kinds = [{bool(has_picture[i]) for i in step if i >= 0} for step in steps]
+    assert len(steps) == sum(-(-n // batch) for n in ([has_picture.sum(), (~has_picture).sum()] if by_modality else [rows]))
+    assert not by_modality or all(len(kind) == 1 for kind in kinds)
+    assert sum((step < 0).any() for step in steps) <= 1 + by_modality
+    sizes = np.where(steps < 0, 0, lengths[steps])
+    assert sizes[0].max() == lengths.max() and (np.diff(sizes, axis=1) <= 0).all()
+    if rows == 1000:  # other mates in each epoch and with each seed
+        mates = [{frozenset(step) for step in plan(seed, epoch).tolist()} for seed, epoch in ((0, 0), (0, 1), (0, 2), (1, 1))]
+        assert sum(map(len, mates)) == len(set().union(*mates))
+    if rows == 1000 and by_modality:  # alike in length within a step
+        random_order = data.plan_epoch(lengths, has_picture, batch, 0, 0, False)
+        assert np.ptp(sizes, axis=1).mean() < np.ptp(lengths[random_order], axis=1).mean() / 4
+
+
+def test_every_split_takes_the_same_rows_in_each_step():
+    steps = data.plan_epoch(np.arange(100), np.ones(100, bool), 12, 0, 0, False)
+    for world, accumulation in ((1, 1), (1, 12), (2, 3), (4, 1), (3, 4)):
+        for start in (0, 3):
+            ranks = [list(data.WindowSampler(steps, accumulation, world, rank, start)) for rank in range(world)]
+            assert {len(batches) for batches in ranks} == {len(data.WindowSampler(steps, accumulation, world, 0, start))}
+            for k, step in enumerate(steps[start:]):
+                windows = [batches[k * accumulation:(k + 1) * accumulation] for batches in ranks]
+                assert sorted(i for window in windows for rows in window for i in rows) == sorted(step.tolist())
+                assert {len(rows) for window in windows for rows in window} == {12 // world // accumulation}
+
+
+# --- commands ---
+
+
+def test_importing_data_has_no_side_effects(tmp_path):  # trap 29
+    code = ("import sys; sys.path.insert(0, sys.argv[1]); import torch; a = torch.get_rng_state(), torch.get_num_threads()\n"
+            "import data; assert a[0].equal(torch.get_rng_state()) and a[1] == torch.get_num_threads()\n"
+            "assert not {'model', 'train', 'lora'} & set(sys.modules)")
+    done = subprocess.run([sys.executable, "-B", "-c", code, str(Path(data.__file__).parent)], cwd=tmp_path,
+                          capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "") and not list(tmp_path.iterdir())
+
+
+@pytest.fixture(scope="session")
+def toy(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("toy")
+    assert data.main(["toy", "--out", str(folder / "a"), "--scenes", "200"]) == 0
+    return folder / "a"
+
+
+def test_toy_data_is_a_function_of_its_seed(toy, tmp_path, monkeypatch):
+    for name, seed in (("again", 0), ("other", 1)):
+        assert data.main(["toy", "--out", str(tmp_path / name), "--scenes", "200", "--seed", str(seed)]) == 0
+        monkeypatch.setattr(Image.Image, "save", lambda *args, **options: None)  # the texts will do
+    files = lambda folder: {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file()}  # noqa: E731
+    assert files(tmp_path / "again") == files(toy)
+    assert all(content != files(toy)[name] for name, content in files(tmp_path / "other").items())
+
+
+def test_toy_data_keeps_its_rules(toy):
+    sets = {path.stem: json.loads(path.read_text()) for path in toy.glob("*.json")}
+    for rows in sets.values():
+        assert len({r["id"] for r in rows}) == len(rows)
+        for r in rows:
+            names = data.parse_record(r)[1]
+            assert all((toy / "images" / name).is_file() for name in names)
+    train, held_out = sets["train"], sets["validation"]
+    asked = Counter(kind for r in train for kind in r["kinds"])
+    for kind in ("colour", "shape", "size", "position", "number"):
+        answers = Counter(t["value"] for r in train for k, t in zip(r["kinds"], r["conversations"][1::2]) if k == kind)
+        assert asked[kind] >= 0.12 * asked.total() and len(answers) >= 4
+        assert max(answers.values()) < 1.6 * answers.total() / len(answers)  # equally likely
+    pictures = Counter(len(data.image_list(r)) for r in train)
+    assert pictures[2] >= 0.1 * len(train) and pictures[0] > 0 and pictures[1] > len(train) / 2
+    assert all(not data.image_list(r) for r in sets["reading"]) and all(len(data.image_list(r)) == 1 for r in sets["captions"])
+    files = lambda rows: {name for r in rows for name in data.image_list(r)}  # noqa: E731
+    assert sum(len(r["kinds"]) for r in held_out) >= 500 and not files(train + sets["captions"]) & files(held_out)
+
+
+@pytest.fixture
+def show(toy, tiny):
+    return ["show", "--model_name_or_path", str(tiny), "--data_path", str(toy / "train.json"), "--image_folder",
+            str(toy / "images")]
+
+
+def test_show_prints_a_row_as_the_model_gets_it(toy, tiny, show, capsys):
+    rows = json.loads((toy / "train.json").read_text())
+    i = next(i for i, r in enumerate(rows) if len(data.image_list(r)) == 2)
+    assert data.main([*show, "--index", str(i), "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    dataset = data.open_dataset(toy / "train.json", toy / "images", tiny)
+    batch = data.Collator(dataset.image_token_id, 576)([dataset[i]])
+    assert printed == {"input_ids": batch["input_ids"][0].tolist(), "labels": batch["labels"][0].tolist()}
+    assert data.main([*show, "--index", str(i)]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count(f"{IMAGE} x 576") == 2 and f"{len(batch['labels'][0])} tokens" in printed
+
+
+@pytest.mark.parametrize("argv, error", [
+    ([], "command"), (["paint"], "invalid choice"), (["toy"], "--out"), (["toy", "--out", "x", "--scenes", "many"], "invalid int"),
+    (["toy", "--out", "FILE"], "FILE"), (["toy", "--out", "x", "--scenes", "0"], "--scenes 0"), (["show"], "--model_name_or_path"), (["SHOW", "--version", "v7"], "invalid choice"),
+    (["SHOW", "--index", "99999"], "--index 99999"), (["SHOW", "--index", "-1"], "--index -1"),
+    (["SHOW", "--model_max_length", "500"], "would cut off"), (["SHOW", "--data_path", "nowhere.json"], "no such file"),
+    (["SHOW", "--image_folder", "nowhere"], "no such folder"), (["SHOW", "--model_name_or_path", "nowhere"], "no config.json"),
+    (["SHOW", "--version", "plain"], "--version plain takes one"), (["SHOW", "--wrong", "1"], "unrecognized"),
+])
+def test_bad_call_is_one_line_and_status_2(toy, show, tmp_path, monkeypatch, capsys, argv, error):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "FILE", "")
+    rows = json.loads((toy / "train.json").read_text())
+    first = next(i for i, r in enumerate(rows) if data.image_list(r) and len(r["kinds"]) > 1)
+    argv = [*show, "--index", str(first), *argv[1:]] if argv[:1] == ["SHOW"] else argv
+    try:
+        status = data.main(argv)
+    except SystemExit as stop:
+        status = stop.code
+    out, err = capsys.readouterr()
+    assert status == 2 and out == "" and len(err.splitlines()) == 1 and re.search(error, err), err
+    assert [path.name for path in tmp_path.iterdir()] == ["FILE"]
+
+
+# --- model.py ---
+
+
+QUESTION = "What is in the picture?"
+SENTENCES = [QUESTION, "A red circle, a blue square.", "USER: hello ASSISTANT: hi"] * 9
+SMALL = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+             initializer_range=0.3)
+VISION = dict(SMALL, num_hidden_layers=3, image_size=28, patch_size=14)  # 4 tokens a picture
+
+
+@functools.cache
+def small_tokenizer(family):
+    """Llama's kind: BOS, unk, pieces, no pad. Qwen2's: bytes, pad, no BOS."""
+    bpe = Tokenizer(models.BPE())
+    if family == "llama":
+        bpe.pre_tokenizer = pre_tokenizers.Metaspace()
+        special = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256))]
+        bpe.train_from_iterator(SENTENCES, trainers.BpeTrainer(vocab_size=330, special_tokens=special))
+        trained = json.loads(bpe.to_str())["model"]
+        return LlamaTokenizer(vocab=trained["vocab"], merges=[tuple(m) for m in trained["merges"]])
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    bpe.train_from_iterator(SENTENCES, trainers.BpeTrainer(
+        vocab_size=320, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"]))
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>",
+                                   pad_token="<|endoftext|>", chat_template=llava.CHATML)
+
+
+def parts(path, family="qwen2", tied=False, spare_rows=0, dtype=torch.float32, **tokens):
+    """Folders (vision, text) of a small random CLIP tower and language model, with a tokenizer."""
+    torch.manual_seed(0)
+    tokenizer, kind = small_tokenizer(family), {"llama": LlamaConfig, "qwen2": Qwen2Config}[family]
+    config = kind(**SMALL, vocab_size=len(tokenizer) + spare_rows, num_key_value_heads=2,
+                  tie_word_embeddings=tied)
+    AutoModelForCausalLM.from_config(config).to(dtype).save_pretrained(path / "text")
+    tokenizer.save_pretrained(path / "text")
+    edit(path / "text/tokenizer_config.json", **tokens)
+    CLIPVisionModel(CLIPVisionConfig(**VISION)).to(dtype).save_pretrained(path / "vision")
+    return path / "vision", path / "text"
+
+
+def built(path, family="qwen2", kind="mlp2x_gelu", aspect_ratio="pad", **options):
+    """A LLaVA folder made by our `build`; its projector is as large as the rest."""
+    version = "v1" if family == "llama" else "own"
+    llava.build(*parts(path, family, **options), path / "llava", kind, version, aspect_ratio)
+    change_tensors(path / "llava", lambda t: t.update(
+        {k: torch.randn_like(v) * 0.3 for k, v in t.items() if "projector" in k}))
+    return path / "llava"
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory):
+    """(a built folder, its model) that no test changes."""
+    folder = built(tmp_path_factory.mktemp("good"))
+    return folder, llava.from_pretrained(folder).eval()
+
+
+def tensors_of(folder):
+    return {k: v for f in sorted(folder.glob("*.safetensors")) for k, v in load_file(f).items()}
+
+
+def change_tensors(folder, change):
+    tensors = {k: v.clone() for k, v in tensors_of(folder).items()}
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def edit(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def theirs(folder):
+    return LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def mixed_batch(image_token_id, side="right"):
+    """Rows with no, one and two pictures: input_ids, pixel_values, labels, attention_mask."""
+    generator, rows, labels = torch.Generator().manual_seed(1), [], []
+    for length, pictures in ((9, 0), (6, 1), (5, 2)):
+        row = torch.randint(3, 250, (length,), generator=generator)
+        for i in range(pictures):
+            row = torch.cat([row[:1 + 5 * i], torch.full((4,), image_token_id), row[1 + 5 * i:]])
+        labels.append(torch.where(torch.arange(len(row)) < len(row) - 3, -100, row))
+        rows.append(row)
+    pad = functools.partial(pad_sequence, batch_first=True, padding_side=side)
+    return (pad(rows), torch.randn(3, 3, 28, 28, generator=generator),
+            pad(labels, padding_value=-100), pad([torch.ones_like(row) for row in rows]))
+
+
+def gradients(model, *batches):
+    """{name: gradient} of the summed loss over batches of (input_ids, pixel_values, labels)."""
+    model.zero_grad()
+    for batch in batches:
+        model(*batch)[0].backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+def refused(capsys, *argv):
+    """What `main` says when it refuses: one line on stderr, nothing on stdout, exit status 2."""
+    capsys.readouterr()
+    assert llava.main([str(a) for a in argv]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("model.py: ") and err.count("\n") == 1
+    return err
+
+
+@pytest.mark.parametrize("way", ["saved by transformers", "as on the hub", "saved by us"])
+@pytest.mark.parametrize("family, tied", [("llama", False), ("qwen2", True)])
+def test_logits_loss_and_greedy_tokens_equal_transformers(tmp_path, family, tied, way):
+    folder = built(tmp_path, family, tied=tied)
+    if way != "saved by us":
+        reference = theirs(folder)
+        (folder / "model.safetensors").unlink()
+        reference.save_pretrained(folder, max_shard_size="30kB")
+    if way == "as on the hub":
+        tensors = {re.sub(r"^vision_tower\.(?!vision_model)", "vision_tower.vision_model.", k): v
+                   for k, v in tensors_of(folder).items()}
+        for file in folder.glob("model*"):
+            file.unlink()
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    reference, model = theirs(folder), llava.from_pretrained(folder).eval()
+    image = model.config.image_token_id
+    ids, pixels, labels, mask = mixed_batch(image)
+    with torch.no_grad():
+        expected = reference(input_ids=ids, pixel_values=pixels, attention_mask=mask, labels=labels)
+        logits = model.language_model(inputs_embeds=model.embed(ids, pixels)).logits
+        loss, right = model(ids, pixels, labels)
+    assert expected.logits.std() > 0.5  # not so small that anything is equal
+    torch.testing.assert_close(logits[mask > 0], expected.logits[mask > 0], atol=1e-5, rtol=0)
+    supervised = labels[:, 1:] >= 0
+    assert abs(loss / supervised.sum() - expected.loss) < 1e-6
+    assert right == (expected.logits.argmax(-1)[:, :-1] == labels[:, 1:])[supervised].sum()
+
+    ids, pixels, _, mask = mixed_batch(image, "left")
+    options = dict(input_ids=ids, pixel_values=pixels, attention_mask=mask, max_new_tokens=8,
+                   do_sample=False, suppress_tokens=[image])
+    free = reference.generate(**options)[:, ids.shape[1]:]
+    eos = [free[0, 3].item(), free[1, 5].item()]
+    expected = reference.generate(**options, eos_token_id=eos, pad_token_id=eos[0])
+    new = model.generate(ids, pixels, mask, max_new_tokens=8, eos_token_id=eos)
+    assert new.tolist() == expected[:, ids.shape[1]:].tolist() != free.tolist()
+
+
+@pytest.mark.parametrize("family, aspect_ratio", [("llama", "square"), ("qwen2", "pad")])
+def test_auto_processor_on_our_folders_gives_our_ids_and_pixels(tmp_path, family, aspect_ratio):
+    folder = built(tmp_path, family, aspect_ratio=aspect_ratio)
+    text, image_id = ChatText(AutoTokenizer.from_pretrained(folder)), len(small_tokenizer(family))
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 61, 3), dtype=np.uint8))
+    content = [{"type": "image", "image": image}, {"type": "text", "text": QUESTION}]
+    expected = AutoProcessor.from_pretrained(folder).apply_chat_template(
+        [{"role": "user", "content": content}], tokenize=True, add_generation_prompt=True,
+        return_dict=True, return_tensors="pt")
+    said = [{"role": "user", "content": f"<image>\n{QUESTION}"}]
+    ids = torch.tensor(text.ids_and_labels(said, prompt=True)[0])
+    ids = ids.repeat_interleave(torch.where(ids == image_id, 4, 1))
+    assert ids.tolist() == expected["input_ids"][0].tolist() and (ids == image_id).sum() == 4
+    transform = PictureTransform.from_pretrained(folder)
+    pixels = transform(image)
+    assert transform.aspect_ratio == aspect_ratio
+    np.testing.assert_allclose(pixels, expected["pixel_values"][0].numpy(), atol=1e-5)
+
+
+def test_scatter_equals_a_splice_by_hand_and_a_336_tower_has_576_patches(good):
+    model = good[1]
+    ids, pixels, _, _ = mixed_batch(model.config.image_token_id)
+    table = model.language_model.get_input_embeddings()
+    f = model.multi_modal_projector(model.vision_tower(pixels))
+    assert f.shape == (3, 4, 32) and model.tokens_per_picture == 4
+    rows = [table(ids[0]), torch.cat([table(ids[1, :1]), f[0], table(ids[1, 5:])]),
+            torch.cat([table(ids[2, :1]), f[1], table(ids[2, 5:6]), f[2], table(ids[2, 10:])])]
+    assert torch.equal(model.embed(ids, pixels), torch.stack(rows))
+    with torch.device("meta"):
+        config = LlavaConfig(vision_config=CLIPVisionConfig(**dict(VISION, image_size=336)))
+        tower = llava.VisionTower(config)(torch.empty(1, 3, 336, 336))
+    assert tower.shape == (1, 576, 32)
+
+
+def test_every_weight_gets_a_gradient_and_rows_without_pictures_give_the_projector_zeros(good):
+    model = good[1]
+    ids, pixels, labels, _ = mixed_batch(model.config.image_token_id)
+    found = gradients(model, (ids, pixels, labels))  # a missing gradient has no .clone()
+    assert all(g.abs().max() > 0 for g in found.values())
+    found = gradients(model, (ids[:1], pixels[:0], labels[:1]))
+    assert all((g == 0).all() for k, g in found.items() if not k.startswith("language_model."))
+    assert found["language_model.lm_head.weight"].abs().max() > 0
+    found = gradients(model, (ids, pixels, torch.full_like(labels, -100)))
+    assert all((g == 0).all() for g in found.values())
+
+
+def test_padding_and_the_split_into_micro_batches_change_no_gradient(good):
+    model = llava.from_pretrained(good[0], torch.float64)
+    ids, pixels, labels, mask = mixed_batch(model.config.image_token_id)
+    pixels = pixels.double()
+    whole = gradients(model, (ids, pixels, labels))
+    padded = gradients(model, (F.pad(ids, (0, 7), value=5), pixels,
+                               F.pad(labels, (0, 7), value=-100)))
+    pictures = (pixels[:0], pixels[:1], pixels[1:])
+    rows = [(i[m > 0][None], p, l[m > 0][None]) for i, p, l, m in zip(ids, pictures, labels, mask)]
+    one_by_one = gradients(model, *reversed(rows))
+    for name, gradient in whole.items():
+        torch.testing.assert_close(padded[name], gradient, atol=1e-10, rtol=0)
+        torch.testing.assert_close(one_by_one[name], gradient, atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize("kind, count", [("linear", 1), ("mlp2x_gelu", 2), ("mlp3x_gelu", 3)])
+def test_projectors_round_trip_and_only_mlp2x_gelu_is_named_as_transformers_does(
+        tmp_path, kind, count):
+    folder = built(tmp_path, kind=kind)
+    model, config = llava.from_pretrained(folder), json.loads((folder / "config.json").read_text())
+    saved = {k: v for k, v in tensors_of(folder).items() if k.startswith("multi_modal_projector")}
+    x = expected = torch.randn(2, 4, 32)
+    for i in range(1, count + 1):
+        expected = F.linear(F.gelu(expected) if i > 1 else expected, *(
+            saved.pop(f"multi_modal_projector.linear_{i}.{leaf}") for leaf in ("weight", "bias")))
+    assert torch.equal(model.multi_modal_projector(x), expected) and not saved
+    assert (config["architectures"] == ["LlavaForConditionalGeneration"]) == (count == 2)
+
+
+def test_projectors_have_the_published_numbers_of_parameters():
+    for width, count in ((2560, 9_180_160), (4096, 20_979_712)):
+        with torch.device("meta"):
+            projector = llava.Projector("mlp2x_gelu", 1024, width)
+        assert sum(p.numel() for p in projector.parameters()) == count
+
+
+@pytest.mark.parametrize("form", ["bare", "with level", "with text tower", "bin", "sharded"])
+def test_build_takes_towers_in_every_form_and_keeps_the_layer_it_never_runs(tmp_path, form):
+    vision, text = parts(tmp_path)
+    tower = CLIPVisionModel.from_pretrained(vision).eval()
+    bare = {k.removeprefix("vision_model."): v for k, v in tower.state_dict().items()}
+    level = {f"vision_model.{k}": v for k, v in bare.items()}
+    if form in ("bare", "with level"):
+        change_tensors(vision, lambda t: (t.clear(), t.update(bare if form == "bare" else level)))
+    elif form == "with text tower":
+        small = dict(SMALL, vocab_size=99)
+        CLIPModel(CLIPConfig(vision_config=VISION, text_config=small)).save_pretrained(vision)
+        change_tensors(vision, lambda t: t.update(level))
+    else:
+        (vision / "model.safetensors").unlink()
+        buffer = {"vision_model.embeddings.position_ids": torch.arange(5)[None]}
+        torch.save(level | buffer, vision / "pytorch_model.bin") if form == "bin" else (
+            tower.save_pretrained(vision, max_shard_size="20kB"))
+    model = llava.build(vision, text, tmp_path / "llava").eval()
+    prefix = "vision_tower.vision_model."
+    saved = {k.removeprefix(prefix): v for k, v in tensors_of(tmp_path / "llava").items()
+             if k.startswith(prefix)}
+    assert saved.keys() == bare.keys() and all(torch.equal(saved[k], bare[k]) for k in bare)
+    assert not any(re.search(r"layers\.2|post_layer", k) for k in model.vision_tower.state_dict())
+    pixels = torch.randn(2, 3, 28, 28)
+    expected = tower(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
+    torch.testing.assert_close(model.vision_tower(pixels), expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("family, tied, spare_rows", [
+    ("llama", False, 0), ("llama", True, 70), ("qwen2", True, 0), ("qwen2", False, 70)])
+def test_image_is_one_new_token_and_embeddings_grow_only_for_it_and_never_shrink(
+        tmp_path, family, tied, spare_rows):
+    vision, text = parts(tmp_path, family, tied, spare_rows)
+    model = llava.build(vision, text, tmp_path / "llava", version="v1")
+    before, after = tensors_of(text), tensors_of(tmp_path / "llava")
+    tokenizer, old = AutoTokenizer.from_pretrained(tmp_path / "llava"), small_tokenizer(family)
+    assert tokenizer("<image>", add_special_tokens=False).input_ids == [len(old)]
+    assert model.config.image_token_id == len(old) and (llava.HEAD in after) == (not tied)
+    for name in {llava.EMBEDDINGS, llava.HEAD} & set(after):
+        rows, grown = before[name.removeprefix("language_model.")], after[name]
+        assert torch.equal(grown[:len(rows)], rows)
+        assert len(grown) == (len(rows) if spare_rows else 64 * (len(old) // 64 + 1))
+        mean = rows.mean(0).expand(len(grown) - len(rows), -1)
+        torch.testing.assert_close(grown[len(rows):], mean)
+    for sentence in (*SENTENCES[:3], "  two  spaces\n\nand  lines ", "ünï 数 🙂", "USER: x </s>y"):
+        assert tokenizer(sentence).input_ids == old(sentence).input_ids
+
+
+@pytest.mark.parametrize("family, tokens, pad", [
+    ("llama", {}, "<unk>"), ("llama", {"pad_token": "</s>"}, "</s>"),
+    ("llama", {"unk_token": None}, "</s>"), ("qwen2", {}, "<|endoftext|>")])
+def test_built_folders_name_pad_and_end_tokens_and_one_template(tmp_path, family, tokens, pad):
+    folder = built(tmp_path, family, **tokens)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    config, generation, more = (json.loads((folder / name).read_text()) for name in (
+        "config.json", "generation_config.json", "tokenizer_config.json"))
+    assert tokenizer.pad_token == pad and config["pad_token_id"] == tokenizer.pad_token_id
+    assert generation == {"eos_token_id": [tokenizer.eos_token_id],
+                          "pad_token_id": tokenizer.pad_token_id}
+    content = [[{"type": "image"}, {"type": "text", "text": QUESTION}], f"<image>\n{QUESTION}"]
+    as_parts, as_string = (tokenizer.apply_chat_template(
+        [{"role": "user", "content": c}], tokenize=False) for c in content)
+    assert as_parts == as_string and QUESTION in as_string and "chat_template" not in more
+
+
+def test_a_saved_folder_is_the_loaded_one_to_the_bit_in_the_dtype_of_the_file(tmp_path):
+    folder = built(tmp_path, dtype=torch.bfloat16)
+    model, before = llava.from_pretrained(folder, torch.float32), tensors_of(folder)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    new, old_umask = tmp_path / "new", os.umask(0o022)
+    llava.save_pretrained(model, new, folder)
+    os.umask(old_umask)
+    after = tensors_of(new)
+    assert before.keys() == after.keys() and {t.dtype for t in after.values()} == {torch.bfloat16}
+    assert all(torch.equal(before[k], after[k]) for k in before)
+    for file in new.iterdir():
+        assert file.stat().st_mode & 0o777 == 0o644, file
+        same = file.read_bytes() == (folder / file.name).read_bytes()
+        assert same or file.suffix == ".safetensors", file
+    masters = {"multi_modal_projector.linear_1.bias": torch.ones(32)}
+    llava.save_pretrained(model, tmp_path / "trained", folder, state=masters)
+    trained = tensors_of(tmp_path / "trained")
+    assert [k for k in before if not torch.equal(before[k], trained[k])] == list(masters)
+
+
+def test_parts_of_different_dtypes_work_together(tmp_path):
+    vision, text = parts(tmp_path, dtype=torch.bfloat16)
+    change_tensors(vision, lambda t: t.update({k: v.float() for k, v in t.items()}))
+    model = llava.build(vision, text, tmp_path / "llava")
+    assert torch.isfinite(model(*mixed_batch(model.config.image_token_id)[:3])[0])
+
+
+def test_a_saved_folder_holds_one_chat_template(tmp_path):
+    folder, old = built(tmp_path), {"chat_template": "{{ 'an old one' }}"}
+    edit(folder / "tokenizer_config.json", **old)
+    edit(folder / "processor_config.json", **old)
+    (folder / "chat_template.json").write_text(json.dumps(old))
+    new, chat_template = tmp_path / "new", "{{ 'new' }}"
+    llava.save_pretrained(llava.from_pretrained(folder), new, folder, chat_template)
+    assert not any("an old one" in f.read_text() for f in new.iterdir() if "json" in f.suffix)
+    for reader in (AutoTokenizer, AutoProcessor):
+        assert reader.from_pretrained(new).chat_template == chat_template
+
+
+def test_buffers_that_no_file_holds_equal_those_of_a_model_made_normally(tmp_path):
+    folder = built(tmp_path, "llama", dtype=torch.bfloat16)
+    ours = dict(llava.from_pretrained(folder).named_buffers())
+    normal = dict(llava.Llava(LlavaConfig.from_pretrained(folder)).named_buffers())
+    assert ours.keys() == normal.keys() and any("inv_freq" in k for k in ours)
+    assert all(torch.equal(ours[k], b) and ours[k].dtype == b.dtype for k, b in normal.items())
+
+
+def test_loading_maps_the_weights_and_does_not_copy_them(tmp_path):
+    def private_megabytes():
+        gc.collect()
+        return int(re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1000
+
+    folder = built(tmp_path, tied=True, spare_rows=800_000)  # 32 wide, fp32
+    assert (folder / "model.safetensors").stat().st_size > 100e6
+    before = private_megabytes()
+    model = llava.from_pretrained(folder)
+    assert private_megabytes() - before < 30 and next(model.parameters()).device.type == "cpu"
+
+
+def test_the_image_token_is_never_generated(tmp_path):
+    model = llava.from_pretrained(built(tmp_path)).eval()
+    ids, pixels, _, mask = (x[-2:] for x in mixed_batch(model.config.image_token_id, "left"))
+    ids, mask = ids[1:], mask[1:]
+    with torch.no_grad():
+        hidden = model.language_model.base_model(inputs_embeds=model.embed(ids, pixels))[0]
+        head = model.language_model.lm_head
+        head.weight[model.config.image_token_id] = 100 * hidden[0, -1]
+        assert head(hidden[0, -1]).argmax() == model.config.image_token_id
+    new = model.generate(ids, pixels, mask, max_new_tokens=5, eos_token_id=[3])
+    assert not (new == model.config.image_token_id).any()
+
+
+def test_chat_prints_the_greedy_answer_alone_whatever_the_folder_suggests(tmp_path, capsys):
+    folder, picture = built(tmp_path), tmp_path / "a.png"
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8))
+    image.save(picture)
+    reference, processor = theirs(folder), AutoProcessor.from_pretrained(folder)
+    content = [{"type": "image", "image": image}, {"type": "text", "text": QUESTION}]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": content}], tokenize=True, return_dict=True,
+        add_generation_prompt=True, return_tensors="pt")
+    new = reference.generate(**inputs, do_sample=False, max_new_tokens=8,
+                             suppress_tokens=[reference.config.image_token_id])
+    new = new[0, inputs["input_ids"].shape[1]:]
+    suggested = dict(do_sample=True, temperature=9.0, repetition_penalty=3.0, top_k=5)
+    edit(folder / "generation_config.json", **suggested)
+    capsys.readouterr()
+    assert llava.main(["chat", "--model_name_or_path", str(folder), "--max_new_tokens", "8",
+                       "--image", str(picture), "--prompt", QUESTION]) == 0
+    out = capsys.readouterr().out
+    assert out == processor.decode(new, skip_special_tokens=True).strip() + "\n" != "\n"
+
+
+def test_chat_remembers_the_conversation_and_survives_a_wrong_line(
+        good, tmp_path, capsys, monkeypatch):
+    Image.new("RGB", (30, 50), (9, 99, 199)).save(tmp_path / "a.png")
+    seen, reply = [], llava.reply
+
+    def spy(model, text, messages, pixels, *args, **options):
+        answer = reply(model, text, messages, pixels, *args, **options)
+        seen.append(([m["content"] for m in messages], len(pixels), answer))
+        return answer
+
+    monkeypatch.setattr(llava, "reply", spy)
+    lines = ["hello", f"/image {tmp_path}/none.png", f"/image {tmp_path}/a.png", "What is it?",
+             "one <image> too many", "and now?", ""]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
+    capsys.readouterr()
+    assert llava.main(["chat", "--model_name_or_path", str(good[0]), "--max_new_tokens", "4"]) == 0
+    (a, b, c), (out, err) = (answer for _, _, answer in seen), capsys.readouterr()
+    asked = ["hello", a, "<image>\nWhat is it?", b, "and now?"]
+    assert [s[:2] for s in seen] == [(asked[:1], 0), (asked[:3], 1), (asked, 1)]
+    assert a in out and b in out and c in out and "none.png" in err and err.count("\n") == 3
+
+
+@pytest.mark.parametrize("config, more", [
+    (Gemma2Config, {"head_dim": 8, "initializer_range": 0.02}), (CohereConfig, {}),
+    (GraniteConfig, {"logits_scaling": 4.0}), (PhiConfig, {})])
+def test_language_models_whose_logits_are_no_plain_linear_are_refused(
+        tmp_path, capsys, config, more):
+    vision, text = parts(tmp_path)
+    config = config(**dict(SMALL, **more), num_key_value_heads=2, vocab_size=400, pad_token_id=0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(text)
+    assert config.model_type in refused(capsys, "build", "--vision_tower", vision,
+                                        "--language_model", text, "--out", tmp_path / "out")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["text", "vision"]
+
+
+BIAS = "multi_modal_projector.linear_1.bias"
+FAULTS = {  # what is changed in config.json, or done to the folder > what the one line must name
+    "other kind": (dict(model_type="qwen2"), "qwen2"),
+    "no kind": (dict(model_type="nonesuch"), "nonesuch"),
+    "activation": (dict(projector_hidden_act="relu"), "relu"),
+    "list of layers": (dict(vision_feature_layer=[-2, -1]), "vision_feature_layer"),
+    "layer from the front": (dict(vision_feature_layer=1), "vision_feature_layer"),
+    "layer before the first": (dict(vision_feature_layer=-9), "vision_feature_layer"),
+    "strategy": (dict(vision_feature_select_strategy="max"), "vision_feature_select_strategy"),
+    "no projector bias": (dict(multimodal_projector_bias=False), "multimodal_projector_bias"),
+    "other projector": (dict(mm_projector_type="mlp"), "mm_projector_type"),
+    "image id beyond": (dict(image_token_index=9999), "9999"),
+    "head not tied": (dict(tie_word_embeddings=True), "lm_head"),
+    "broken config": (lambda f: (f / "config.json").write_text("{"), "config.json"),
+    "no config": (lambda f: (f / "config.json").unlink(), "config.json"),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), "model.safetensors"),
+    "damaged": (lambda f: os.truncate(f / "model.safetensors", 5000), "model.safetensors"),
+    "damaged bin": (lambda f: instead(f, "pytorch_model.bin", "damaged"), "pytorch_model.bin"),
+    "broken index": (lambda f: instead(f, "model.safetensors.index.json", "[]"), "index.json"),
+    "absent shard": (lambda f: instead(
+        f, "model.safetensors.index.json", '{"weight_map": {"a": "gone"}}'), "gone"),
+    "missing": (lambda f: change_tensors(f, lambda t: t.pop(BIAS)), BIAS),
+    "unexpected": (lambda f: change_tensors(f, lambda t: t.update(other=torch.ones(1))), "other"),
+    "mis-shaped": (lambda f: change_tensors(f, lambda t: t.update({BIAS: t[BIAS][1:]})), BIAS),
+}
+
+
+def instead(folder, name, content):
+    (folder / "model.safetensors").rename(folder / name).write_text(content)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_faulty_model_folder_is_refused_in_one_line(good, tmp_path, capsys, fault):
+    folder, (change, named) = shutil.copytree(good[0], tmp_path / "folder"), FAULTS[fault]
+    edit(folder / "config.json", **change) if isinstance(change, dict) else change(folder)
+    assert named in refused(capsys, "chat", "--model_name_or_path", folder, "--prompt", "hello")
+
+
+def test_commands_refuse_bad_arguments_and_leave_nothing_behind(good, tmp_path, capsys):
+    vision, text = parts(tmp_path)
+    tower = SiglipVisionConfig(**{k: v for k, v in VISION.items() if k != "initializer_range"})
+    AutoModel.from_config(tower).save_pretrained(text / "siglip")
+    command = ["build", "--vision_tower", vision, "--language_model", text, "--out"]
+    new = tmp_path / "a/b"
+    assert "exists" in refused(capsys, *command, text)
+    assert "mm_projector_type" in refused(capsys, *command, new, "--mm_projector_type", "mlp")
+    assert "--vision_tower" in refused(capsys, "build", "--out", new)
+    assert "nowhere" in refused(capsys, *command, new, "--vision_tower", tmp_path / "nowhere")
+    assert "siglip" in refused(capsys, *command, new, "--vision_tower", text / "siglip")
+    (vision / "model.safetensors").unlink()
+    assert "model.safetensors" in refused(capsys, *command, new)
+    (text / "chat_template.jinja").unlink()
+    assert "template" in refused(capsys, *command, new)
+    (text / "tokenizer.json").unlink()
+    assert "tokenizer" in refused(capsys, *command, new)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["text", "vision"]
+    (tmp_path / "no.png").write_text("no picture")
+    command = ["chat", "--model_name_or_path", good[0], "--prompt", "What is <image>?"]
+    assert "<image>" in refused(capsys, *command)
+    assert "no.png" in refused(capsys, *command, "--image", tmp_path / "no.png")
+    assert "gone.png" in refused(capsys, *command, "--image", tmp_path / "gone.png")
+    assert "no/such" in refused(capsys, "chat", "--model_name_or_path", "no/such")
+
+
+def test_saving_refuses_what_exists_and_a_failed_save_leaves_nothing(good, tmp_path, monkeypatch):
+    folder, model = good
+    for out in (folder, folder / ".." / folder.name, tmp_path):
+        with pytest.raises(ValueError, match="exists already"):
+            llava.save_pretrained(model, out, folder)
+    monkeypatch.setattr(llava, "copy_side_files", lambda *a: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        llava.save_pretrained(model, tmp_path / "out", folder)
+    assert not list(tmp_path.iterdir())
+
+
+def test_model_py_alone_in_an_empty_folder_can_be_imported(tmp_path):
+    shutil.copy(llava.__file__, tmp_path)
+    alone = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    subprocess.run([sys.executable, "-c", "import model"], cwd=tmp_path, env=alone, check=True)
+
+
+# --- lora.py ---
+
+
+BLOCKS = r"model\.language_model\.layers\.\d+\..+"  # every linear layer of the decoder's blocks
+PROJECTOR = "model.multi_modal_projector"
+
+
+def to_transformers_name(name):
+    """model.py's table in miniature: a name on disk, in either spelling > transformers' name."""
+    for disk, memory in {
+        "language_model.model.": "model.language_model.",
+        "language_model.lm_head.": "lm_head.",
+        "vision_tower.vision_model.": "model.vision_tower.",
+        "vision_tower.": "model.vision_tower.",
+        "multi_modal_projector": "model.multi_modal_projector",
+    }.items():
+        if name.startswith(disk):
+            return memory + name.removeprefix(disk)
+    return name
+
+
+def tiny_llava(seed=0, device="cpu", **text):
+    text = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 100,
+            "num_attention_heads": 4, "num_key_value_heads": 2} | text  # fmt: skip
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "image_size": 28,
+              "num_attention_heads": 2, "patch_size": 14, "projection_dim": 32}  # fmt: skip
+    config = LlavaConfig(text_config=LlamaConfig(**text), vision_config=CLIPVisionConfig(**vision),
+                         image_token_id=99, image_seq_length=4)  # fmt: skip
+    torch.manual_seed(seed)
+    with torch.device(device):
+        return LlavaForConditionalGeneration(config).eval()
+
+
+def batch():
+    g = torch.Generator().manual_seed(1)
+    input_ids = torch.randint(0, 98, (2, 12), generator=g)
+    input_ids[:, 1:5] = 99
+    return {"input_ids": input_ids, "pixel_values": torch.randn(2, 3, 28, 28, generator=g)}
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(**batch()).logits.float()
+
+
+def adapt(model, seed=0, train_projector=True, **options):
+    """Adapters on the decoder's blocks of a tiny LLaVA, as if they had been trained for a while."""
+    options = {"r": 4, "alpha": 8} | options
+    names = lora.inject(model, BLOCKS, **options)
+    model.get_submodule(PROJECTOR).requires_grad_(train_projector)
+    torch.manual_seed(100 + seed)
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            p.data += 0.05 * torch.randn(p.shape).to(p.dtype)
+    return names
+
+
+def quantize(model):
+    weights = dict(model.named_parameters())
+    return lora.quantize(model, BLOCKS, weights, compute_dtype=torch.float32)
+
+
+def saved(model, out, base=None, **options):
+    options = {"rename": to_transformers_name, "modules_to_save": [PROJECTOR]} | options
+    lora.save(model, out, base, **options)
+    return out
+
+
+def three_steps(model, lr=1e-2):
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
+    for _ in range(3):
+        loss = model.train()(**batch(), labels=batch()["input_ids"]).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return loss.item()
+
+
+def close(a, b, tolerance):
+    assert a.shape == b.shape and (a - b).abs().max() <= tolerance, (a - b).abs().max()
+
+
+# --- the arithmetic ---
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_training_starts_from_the_base_bit_for_bit(dtype):
+    model = tiny_llava().to(dtype)
+    before = model.eval()(input_ids=batch()["input_ids"][:, 5:]).logits
+    names = lora.inject(model, BLOCKS, r=4, alpha=8, dropout=0.5)
+    after = model.train()(input_ids=batch()["input_ids"][:, 5:]).logits
+    assert torch.equal(before, after) and len(names) == 14
+    trains = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert trains == {f"{n}.lora.lora_{m}" for n in names for m in "AB"}
+    assert all(model.get_parameter(n).dtype == dtype for n in trains)
+
+
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_forward_gradients_and_files_equal_pefts(use_rslora, tmp_path):
+    peft = pytest.importorskip("peft")
+    ours, theirs = tiny_llava(), tiny_llava()
+    lora.inject(ours, BLOCKS, r=4, alpha=8, use_rslora=use_rslora)
+    ours.get_submodule(PROJECTOR).requires_grad_(True)
+    config = peft.LoraConfig(r=4, lora_alpha=8, use_rslora=use_rslora, modules_to_save=[PROJECTOR],
+                             target_modules=BLOCKS + "_proj")  # fmt: skip
+    theirs = peft.get_peft_model(theirs, config)
+    in_peft = {}  # our parameter name > PEFT's parameter
+    for name, p in theirs.base_model.model.named_parameters():
+        name = re.sub(r"\.(lora_[AB])\.default\.weight", r".lora.\1", name)
+        in_peft[name.replace("modules_to_save.default.", "")] = p
+    trains = [n for n, p in ours.named_parameters() if p.requires_grad]
+    for name in trains:
+        in_peft[name].data.copy_(ours.get_parameter(name).data)
+    assert abs(three_steps(ours) - three_steps(theirs)) < 1e-6
+    for name in trains:
+        close(ours.get_parameter(name).grad, in_peft[name].grad, 1e-6)
+    close(logits(ours), logits(theirs), 1e-5)
+    saved(ours, tmp_path / "ours")
+    theirs.save_pretrained(tmp_path / "theirs")
+    a, b = (load_file(tmp_path / who / "adapter_model.safetensors") for who in ("ours", "theirs"))
+    assert a.keys() == b.keys()
+    for key in a:
+        close(a[key], b[key], 1e-6)
+
+
+def test_scale_is_alpha_over_r_or_over_its_root():
+    linear = nn.Linear(8, 8)
+    assert lora.LoRA(linear, 32, 8, 0.0, False).scale == 0.25
+    assert lora.LoRA(linear, 16, 8, 0.0, True).scale == 2.0
+
+
+def test_A_starts_as_pefts_and_B_at_zero():
+    adapter = lora.LoRA(nn.Linear(256, 32), 64, 8, 0.0, False)
+    assert 0.99 / 16 < adapter.lora_A.abs().max() <= 1 / 16  # uniform up to 1 / sqrt(in)
+    assert not adapter.lora_B.any()
+
+
+def test_dropout_acts_in_training_only():
+    model = nn.Sequential(nn.Linear(64, 64))
+    lora.inject(model, "0", r=4, alpha=8, dropout=0.5)
+    nn.init.normal_(model[0].lora.lora_B)
+    x = torch.randn(2, 64)
+    assert not torch.equal(model.train()(x), model(x))
+    assert torch.equal(model.eval()(x), model(x))
+
+
+def test_fp32_adapters_over_a_bf16_base():
+    model = tiny_llava().bfloat16()
+    lora.inject(model, BLOCKS, r=4, alpha=8, dtype=torch.float32)
+    out = model(input_ids=batch()["input_ids"][:, 5:]).logits
+    out.float().sum().backward()
+    adapters = [p for p in model.parameters() if p.requires_grad]
+    assert out.dtype == torch.bfloat16 and {p.grad.dtype for p in adapters} == {torch.float32}
+
+
+@pytest.mark.parametrize("nf4", [False, True])
+def test_gradients_under_checkpointing_are_the_same(nf4):
+    torch.manual_seed(0)
+    block = nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 64))
+    if nf4:
+        weights = dict(block.named_parameters())
+        lora.quantize(block, r"\d", weights, compute_dtype=torch.float32)
+    lora.inject(block, r"\d", r=4, alpha=8)
+    x = torch.randn(3, 64)
+    grads = []
+    for run in (block, lambda x: checkpoint(block, x, use_reentrant=False)):
+        block.zero_grad()
+        run(x).square().sum().backward()
+        grads.append([p.grad.clone() for p in block.parameters() if p.requires_grad])
+    assert len(grads[0]) == 4 and all(map(torch.equal, *grads))
+    assert block[0].lora.lora_B.grad.abs().sum() > 0
+
+
+# --- which layers, how many ---
+
+
+def test_no_adapter_under_the_vision_tower_nor_on_head_or_projector():
+    names = lora.inject(tiny_llava(), BLOCKS, r=2, alpha=4)
+    assert lora.fold(names).splitlines() == [
+        f"2 x model.language_model.layers.*.{leaf}"
+        for leaf in "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj "
+        "mlp.gate_proj mlp.up_proj mlp.down_proj".split()
+    ]
+
+
+@pytest.mark.parametrize(
+    "layers, r, adapters, projector, text",
+    [
+        (BLOCKS, 128, 319_815_680, 20_979_712, {"hidden_size": 4096, "intermediate_size": 11008,
+         "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32}),
+        (BLOCKS + r"\.(q|k|v|o)_proj", 32, 26_214_400, 9_180_160, {"hidden_size": 2560,
+         "intermediate_size": 6912, "num_hidden_layers": 40, "num_attention_heads": 20,
+         "num_key_value_heads": 20}),
+    ],
+)  # fmt: skip
+def test_counts_with_the_real_shapes(layers, r, adapters, projector, text):
+    vision = {"hidden_size": 1024, "num_hidden_layers": 1, "num_attention_heads": 16}
+    config = LlavaConfig(text_config=LlamaConfig(**text), vision_config=CLIPVisionConfig(**vision))
+    with torch.device("meta"):
+        model = LlavaForConditionalGeneration(config)
+    lora.inject(model, layers, r=r, alpha=2 * r)
+    assert lora.count(p for p in model.parameters() if p.requires_grad) == adapters
+    assert lora.count(model.get_submodule(PROJECTOR).parameters()) == projector
+
+
+# --- nf4 ---
+
+
+@pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [False, True])
+def test_an_nf4_layer_is_the_linear_layer_of_its_dequantized_weight(dtype, bias, storage):
+    torch.manual_seed(0)
+    weight, bias = torch.randn(96, 64, dtype=dtype), torch.randn(96) if bias else None
+    layer = lora.nf4_linear(weight, bias, compute_dtype=dtype, quant_storage=storage)
+    W = lora.dequantized(layer)
+    assert W.dtype == dtype and 0.01 < (W - weight).norm() / weight.norm() < 0.15
+    x = torch.randn(5, 64, dtype=dtype)
+    a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
+    ya, yb = layer(a), F.linear(b, W, layer.bias)
+    (ya.square().sum() + yb.square().sum()).backward()
+    assert torch.equal(ya, yb) and torch.equal(a.grad, b.grad)
+    assert bias is None or torch.equal(layer.bias, bias.to(dtype))
+    assert not any(p.requires_grad for p in layer.parameters())
+    assert layer.weight.quant_state.nested  # double quantization
+    assert lora.true_shape(layer.weight) == (96, 64) and layer.weight.nbytes == 96 * 64 // 2
+
+
+def test_only_the_decoders_blocks_are_quantized_and_counts_stay_true():
+    model = tiny_llava()
+    before = lora.count(model.parameters())
+    names = quantize(model)
+    quantized = {n for n, p in model.named_parameters() if lora.is_nf4(p)}
+    assert quantized == {f"{n}.weight" for n in names} and len(names) == 14
+    assert lora.count(model.parameters()) == before > sum(p.numel() for p in model.parameters())
+    start = logits(model)
+    lora.inject(model, BLOCKS, r=4, alpha=8)
+    assert torch.equal(logits(model), start)
+    losses = [three_steps(model) for _ in range(5)]
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_an_evaluation_leaves_an_nf4_layer_as_it_was(monkeypatch):
+    import bitsandbytes as bnb
+
+    monkeypatch.setattr(bnb.nn.modules, "has_avx512bf16", lambda: True)  # on whatever CPU this runs
+    layer = lora.nf4_linear(torch.randn(64, 64), compute_dtype=torch.float32)
+    before = lora.dequantized(layer)
+    with torch.no_grad():
+        layer.eval()(torch.randn(2, 64))
+    x = torch.randn(2, 64, requires_grad=True)
+    layer.train()(x).sum().backward()
+    assert torch.equal(lora.dequantized(layer), before)
+    close(x.grad, before.sum(0).expand(2, -1), 1e-5)
+
+
+LOAD = """
+import re, sys, threading, time, torch, lora
+from safetensors.torch import load_file
+from torch import nn
+
+def anonymous_bytes():  # not the pages of the mapped file, which the system may drop at any time
+    return int(re.search(r"RssAnon:\\s+(\\d+)", open("/proc/self/status").read())[1]) << 10
+
+def watch():
+    global peak
+    while True:
+        peak = max(peak, anonymous_bytes())
+        time.sleep(0.001)
+
+with torch.device("meta"):
+    model = nn.Sequential(*[nn.Linear(1024, 1024, False, dtype=torch.bfloat16) for _ in range(64)])
+lora.nf4_linear(torch.randn(64, 64))  # loads the libraries
+tensors = load_file(sys.argv[1])
+start = peak = anonymous_bytes()
+threading.Thread(target=watch, daemon=True).start()
+if sys.argv[2] == "4":
+    lora.quantize(model, r"\\d+", tensors)
+else:
+    model.load_state_dict({name: t.clone() for name, t in tensors.items()}, assign=True)
+print((peak - start) >> 20)
+"""
+
+
+def test_loading_in_4_bits_never_holds_the_16_bit_model(tmp_path):
+    file = tmp_path / "model.safetensors"
+    save_file({f"{i}.weight": torch.randn(1024, 1024).bfloat16() for i in range(64)}, file)
+    env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}  # what is freed goes back at once
+    peak = {}
+    for bits in ("16", "4"):
+        command = [sys.executable, "-c", LOAD, str(file), bits]
+        peak[bits] = int(subprocess.run(command, env=env, capture_output=True, check=True).stdout)
+    print(f"128 MiB of bf16 weights: peak {peak['16']} MiB as they are, {peak['4']} MiB in 4 bits")
+    assert peak["16"] > 120 and peak["4"] < 64  # 34 packed, and 18 of scratch for one weight
+
+
+# --- files ---
+
+
+def test_peft_loads_our_adapter(tmp_path):
+    peft = pytest.importorskip("peft")
+    tiny_llava().save_pretrained(tmp_path / "base")
+    model = tiny_llava()
+    adapt(model, use_rslora=True)
+    saved(model, tmp_path / "adapter", tmp_path / "base")
+    theirs = peft.PeftModel.from_pretrained(tiny_llava(), tmp_path / "adapter")
+    close(logits(theirs), logits(model), 1e-5)
+    assert (logits(model) - logits(tiny_llava())).abs().max() > 1e-2
+    adapted = {n for n, _ in theirs.named_modules() if n.endswith("lora_A.default")}
+    assert len(adapted) == 14 and not any("vision" in n for n in adapted)
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], BLOCKS + "_proj"])
+def test_we_load_pefts_adapter(targets, tmp_path):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, lora_alpha=16, lora_dropout=0.1, init_lora_weights=False,
+                             target_modules=targets, modules_to_save=[PROJECTOR[6:]])  # fmt: skip
+    theirs = peft.get_peft_model(tiny_llava(), config)
+    for p in theirs.get_submodule(f"base_model.model.{PROJECTOR}").parameters():
+        p.data += 0.1
+    theirs.save_pretrained(tmp_path)
+    model = tiny_llava()
+    loaded = lora.load(model, tmp_path, rename=to_transformers_name)
+    close(logits(model), logits(theirs), 1e-5)
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == loaded.keys()
+    assert model.model.language_model.layers[0].self_attn.q_proj.lora.dropout.p == 0.1
+
+
+def test_we_load_an_adapter_with_the_names_of_older_transformers(tmp_path):
+    model = tiny_llava()
+    adapt(model)
+    tensors = load_file(saved(model, tmp_path) / lora.WEIGHTS)
+    older = [("model.language_model.", "language_model.model."), (PROJECTOR, PROJECTOR[6:])]
+    for new, old in older:
+        tensors = {k.replace(f"base_model.model.{new}", f"base_model.model.{old}"): t
+                   for k, t in tensors.items()}  # fmt: skip
+    save_file(tensors, tmp_path / lora.WEIGHTS)
+    other = tiny_llava()
+    lora.load(other, tmp_path, rename=to_transformers_name)
+    assert torch.equal(logits(other), logits(model))
+
+
+def test_saved_and_loaded_is_the_same_and_holds_the_fp32_masters(tmp_path):
+    model = tiny_llava().bfloat16()
+    adapt(model)
+    trains = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    master = {n: p.data.float() * (1 + 2**-12) for n, p in trains.items()}
+    saved(model, tmp_path, tensors=master)
+    other = tiny_llava().bfloat16()
+    loaded = lora.load(other, tmp_path)
+    assert loaded.keys() == master.keys() and all(torch.equal(loaded[n], master[n]) for n in master)
+    assert torch.equal(logits(other), logits(model))
+    assert {p.name for p in tmp_path.iterdir()} == {lora.CONFIG, lora.WEIGHTS}
+
+
+def test_what_trains_and_would_not_be_saved_is_an_error(tmp_path):
+    model = tiny_llava()
+    adapt(model)
+    with pytest.raises(AssertionError, match="projector.linear_1.weight trains but is not saved"):
+        lora.save(model, tmp_path)
+    stubs = {name: torch.empty(0) for name, _ in model.named_parameters()}  # as under ZeRO-3
+    with pytest.raises(AssertionError, match="is sharded"):
+        saved(model, tmp_path, tensors=stubs)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_fingerprint_survives_dtype_shards_and_spelling(tmp_path):
+    base = tiny_llava().bfloat16()
+    base.save_pretrained(tmp_path / "a")
+    base.save_pretrained(tmp_path / "b", max_shard_size="100KB")
+    old_llava_folder(tmp_path / "a", tmp_path / "c")
+    base.float().save_pretrained(tmp_path / "d")
+    folders = [lora.read_folder(tmp_path / name) for name in "abcd"]
+    prints = {lora.fingerprint(tensors, to_transformers_name) for tensors in folders}
+    assert len(list((tmp_path / "b").glob("*.safetensors"))) > 2
+    assert prints == {lora.fingerprint(dict(base.named_parameters()))}
+    base.model.language_model.layers[1].mlp.up_proj.weight.data *= 1.01
+    assert lora.fingerprint(dict(base.named_parameters())) not in prints
+
+
+def old_llava_folder(folder, out):
+    """The folder with the tower's keys spelled as llava-hf's are, and a buffer that they carry."""
+    shutil.copytree(folder, out)
+    tensors = load_file(out / "model.safetensors")
+    old = ("vision_tower.", "vision_tower.vision_model.")
+    tensors = {name.replace(*old): tensor for name, tensor in tensors.items()}
+    tensors["vision_tower.vision_model.embeddings.position_ids"] = torch.arange(5)[None]
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+
+
+# --- merge ---
+
+
+@pytest.mark.parametrize("kind", ["one file", "shards", "old spelling"])
+def test_merged_equals_adapted(kind, tmp_path):
+    base, adapter, out = tmp_path / "base", tmp_path / "adapter", tmp_path / "out"
+    tiny_llava().save_pretrained(base, max_shard_size="100KB" if kind == "shards" else "5GB")
+    if kind == "old spelling":
+        base = base.rename(tmp_path / "new")
+        old_llava_folder(base, base := tmp_path / "old")
+    (base / "tokenizer.json").write_text("{}")
+    model = LlavaForConditionalGeneration.from_pretrained(base)
+    adapt(model)
+    saved(model, adapter, base)
+    before = lora.fingerprint(lora.read_folder(base))
+    lora.merge(base, adapter, out, to_transformers_name)
+    assert {p.name for p in base.iterdir()} == {p.name for p in out.iterdir()}
+    merged = LlavaForConditionalGeneration.from_pretrained(out)
+    close(logits(merged), logits(model), 1e-5)
+    assert lora.fingerprint(lora.read_folder(base)) == before
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_merge_keeps_the_dtype(tmp_path):
+    model = tiny_llava().bfloat16()
+    model.save_pretrained(tmp_path / "base")
+    adapt(model)
+    saved(model, tmp_path / "adapter", tmp_path / "base")
+    adapter_tensors = load_file(tmp_path / "adapter" / lora.WEIGHTS)
+    assert {t.dtype for t in adapter_tensors.values()} == {torch.float32}
+    lora.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", to_transformers_name)
+    a, b = (lora.read_folder(tmp_path / f) for f in ("base", "out"))
+    assert a.keys() == b.keys() and {t.dtype for t in b.values()} == {torch.bfloat16}
+    changed = {to_transformers_name(k) for k in a if not torch.equal(a[k], b[k])}
+    assert len(changed) == 14 + 4  # blocks, projector
+    assert all(re.match(BLOCKS, k) or k.startswith(PROJECTOR) for k in changed)
+
+
+def test_merging_twice_or_into_another_base_is_refused(tmp_path):
+    base, other, adapter, out = (tmp_path / n for n in ("base", "other", "adapter", "out"))
+    tiny_llava().save_pretrained(base)
+    tiny_llava(seed=1).save_pretrained(other)
+    model = tiny_llava()
+    adapt(model)
+    saved(model, adapter, base)
+    lora.merge(base, adapter, out, to_transformers_name)
+    for wrong in (out, other):
+        with pytest.raises(ValueError, match="trained on other weights"):
+            lora.merge(wrong, adapter, tmp_path / "again", to_transformers_name)
+        with pytest.raises(ValueError, match="trained on other weights"):
+            lora.load(tiny_llava(), adapter, wrong, to_transformers_name)
+    lora.load(tiny_llava(), adapter, base, to_transformers_name)
+    assert not (tmp_path / "again").exists()
+
+
+def test_a_qlora_merges_exactly_into_the_dequantized_base_and_says_how_far_it_is(tmp_path, capsys):
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    tiny_llava().save_pretrained(base)
+    model = tiny_llava()
+    quantize(model)
+    lora.inject(model, r".*language_model.*\.(q|v)_proj", r=4, alpha=8)  # 4 of the 14 in 4 bits
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            p.data += 0.1 * torch.randn_like(p)
+    saved(model, adapter, base, modules_to_save=[])
+    assert json.loads((adapter / "adapter_config.json").read_text())["bits"] == 4
+    for dequantize, tolerance in ((True, 1e-5), (False, 1e9)):
+        out = tmp_path / f"out{dequantize}"
+        lora.merge(base, adapter, out, to_transformers_name, dequantize)
+        merged = LlavaForConditionalGeneration.from_pretrained(out)
+        close(logits(merged), logits(model), tolerance)
+    assert (logits(merged) - logits(model)).abs().max() > 1e-3
+    lines = capsys.readouterr().out.splitlines()
+    assert len([line for line in lines if "off by" in line]) == 2 * 14
+    as_it_is, by_dequantizing = map(float, re.findall(r"by (\S+) ", lines[0]))
+    assert 0.01 < as_it_is < 0.2 and by_dequantizing < 1e-6
+    reloaded = tiny_llava()
+    quantize(reloaded)
+    lora.load(reloaded, adapter, base, to_transformers_name)
+    assert torch.equal(logits(reloaded), logits(model))
+
+
+# --- bad input ---
+
+
+def test_inject_refuses_r_of_0_and_patterns_without_a_match():
+    model = tiny_llava()
+    with pytest.raises(ValueError, match="r is 0"):
+        lora.inject(model, BLOCKS, r=0, alpha=8)
+    with pytest.raises(ValueError, match="'q_proj' matches no linear layer's whole path .one is"):
+        lora.inject(model, "q_proj", r=4, alpha=8)
+    with pytest.raises(ValueError, match="not a regular expression"):
+        lora.inject(model, "*q_proj", r=4, alpha=8)
+    with pytest.raises(ValueError, match="matches no linear layer"):
+        lora.inject(nn.MultiheadAttention(8, 2), "out_proj", r=4, alpha=8)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+Q = "base_model.model.model.language_model.layers.0.self_attn.q_proj.lora_{}.weight"
+
+
+def edit_tensors(adapter, edit):
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    edit(tensors)
+    save_file(tensors, adapter / "adapter_model.safetensors")
+
+
+def edit_config(adapter, **entries):
+    config = json.loads((adapter / "adapter_config.json").read_text()) | entries
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+
+
+def drop_layer(tensors):
+    del tensors[Q.format("A")], tensors[Q.format("B")]
+
+
+DAMAGES = {
+    "q_proj.lora_A.weight is missing": lambda a: edit_tensors(a, lambda t: t.pop(Q.format("A"))) ,
+    "q_proj.lora_B.weight is missing": lambda a: edit_tensors(a, lambda t: t.pop(Q.format("B"))),
+    "q_proj.lora_[AB].weight is missing": lambda a: edit_tensors(a, drop_layer),
+    r"linear_1.bias is missing": lambda a: edit_tensors(
+        a, lambda t: t.pop(f"base_model.model.{PROJECTOR}.linear_1.bias")),
+    "layers.7.x.lora_A.weight has no place in this base": lambda a: edit_tensors(
+        a, lambda t: t.update({Q.format("A").replace("0.self_attn.q_proj", "7.x"): torch.ones(4)})),
+    r"q_proj.lora_A.weight is \(4, 65\), but \(4, 64\) for this base": lambda a: edit_tensors(
+        a, lambda t: t.update({Q.format("A"): torch.zeros(4, 65)})),
+    "alpha_pattern .* is not offered": lambda a: edit_config(a, alpha_pattern={"q_proj": 2}),
+    "init_lora_weights pissa is not offered": lambda a: edit_config(a, init_lora_weights="pissa"),
+    "peft_type IA3 is not offered": lambda a: edit_config(a, peft_type="IA3"),
+    "is not JSON": lambda a: (a / "adapter_config.json").write_text("{"),
+    "is damaged": lambda a: (a / "adapter_model.safetensors").write_bytes(b"123"),
+    "not found": lambda a: (a / "adapter_config.json").unlink(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("message", DAMAGES)
+def test_a_damaged_adapter_is_refused_in_one_line_and_nothing_is_written(message, tmp_path):
+    tiny_llava().save_pretrained(tmp_path / "base")
+    model = tiny_llava()
+    adapt(model)
+    adapter = saved(model, tmp_path / "adapter", tmp_path / "base")
+    DAMAGES[message](adapter)
+    for use in (
+        lambda: lora.load(tiny_llava(), adapter, rename=to_transformers_name),
+        lambda: lora.merge(tmp_path / "base", adapter, tmp_path / "out", to_transformers_name),
+    ):
+        with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
+            use()
+        assert "\n" not in str(error.value)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base"]
+
+
+def test_an_adapter_of_a_larger_model_names_the_first_key_and_both_shapes(tmp_path):
+    large = tiny_llava(hidden_size=128, num_hidden_layers=3)
+    adapt(large)
+    saved(large, tmp_path)
+    with pytest.raises(ValueError, match=r"layers.0.*is \(.*128.*but \(.*64"):
+        lora.load(tiny_llava(), tmp_path)
+
+
+def test_the_merge_command(tmp_path, monkeypatch, capsys):
+    model_py = types.SimpleNamespace(to_transformers_name=to_transformers_name)
+    monkeypatch.setitem(sys.modules, "model", model_py)
+    tiny_llava().save_pretrained(tmp_path / "base")
+    model = tiny_llava()
+    adapt(model)
+    saved(model, tmp_path / "adapter", tmp_path / "base")
+    flags = {"--model_name_or_path": "base", "--adapter": "adapter", "--out": "out"}
+
+    def run(*more, **changed):
+        words = flags | {f"--{k}": v for k, v in changed.items()}
+        argv = ["merge"] + [w for k, v in words.items() for w in (k, str(tmp_path / v))]
+        capsys.readouterr()
+        code = lora.main(argv + list(more))
+        return code, capsys.readouterr().err
+
+    message = f"error: {tmp_path}/adapter was not trained over 4 bits: leave --dequantize out\n"
+    assert run("--dequantize") == (2, message)
+    assert run(adapter="none")[0] == 2 and run(model_name_or_path="none")[0] == 2
+    assert not (tmp_path / "out").exists()
+    assert run("--dequantize", "False")[0] == 0
+    code, message = run()
+    assert code == 2 and message.count("\n") == 1 and "out exists" in message
+
+
+# --- pasted elsewhere ---
+
+PASTED = """
+import subprocess, sys, torch, lora
+assert not {"peft", "transformers", "deepspeed", "bitsandbytes", "model"} & set(sys.modules)
+from torch import nn
+from pathlib import Path
+from safetensors.torch import load_file, save_file
+
+def plain():
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, batch_first=True)
+    return nn.Sequential(nn.TransformerEncoder(layer, 2), nn.Linear(32, 8)), torch.randn(2, 5, 32)
+
+def causal_lm():
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+    torch.manual_seed(0)
+    config = Qwen2Config(hidden_size=32, intermediate_size=64, num_hidden_layers=2, vocab_size=50,
+                         num_attention_heads=4, num_key_value_heads=2)
+    return Qwen2ForCausalLM(config), torch.arange(20).view(2, 10)
+
+def forward(model, x):
+    y = model(x)
+    return getattr(y, "logits", y)
+
+for make, targets, whole in ((plain, r".*\\.linear[12]", "1"), (causal_lm, r".*_proj", "lm_head")):
+    model, x = make()
+    base, adapter, out = (Path(make.__name__ + end) for end in ("", "-lora", "-merged"))
+    base.mkdir()
+    save_file(model.state_dict(), base / "model.safetensors")
+    lora.inject(model, targets, r=4, alpha=8)
+    model.get_submodule(whole).requires_grad_(True)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(20):
+        loss = forward(model.train(), x).square().mean()
+        loss.backward(); optimizer.step(); optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0], losses
+    lora.save(model, adapter, base, modules_to_save=[whole])
+    loaded = make()[0]
+    lora.load(loaded, adapter, base)
+    command = [sys.executable, "lora.py", "merge", "--model_name_or_path", str(base)]
+    subprocess.run(command + ["--adapter", str(adapter), "--out", str(out)], check=True)
+    merged = make()[0]
+    merged.load_state_dict(load_file(out / "model.safetensors"))
+    with torch.no_grad():
+        a, b, c, d = (forward(m.eval(), x) for m in (model, loaded, merged, make()[0]))
+    assert torch.equal(a, b) and (a - c).abs().max() < 1e-5 and (a - d).abs().max() > 1e-2
+"""
+
+
+def test_the_file_alone_adapts_models_that_have_nothing_to_do_with_llava(tmp_path):
+    shutil.copy(Path(lora.__file__), tmp_path)
+    subprocess.run([sys.executable, "-c", PASTED], cwd=tmp_path, check=True)
+
+
+# --- train.py ---
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """A small LLaVA (28-pixel pictures, 4 tokens each) and rows of every kind for it."""
+    root = tmp_path_factory.mktemp("world")
+    built(root)
+    rng = np.random.default_rng(0)
+    (root / "images").mkdir()
+    for i in range(12):
+        Image.fromarray(rng.integers(0, 255, (20 + i, 30, 3), np.uint8)).save(root / f"images/{i}.png")
+    turns = [("What is in the picture?", "A red circle."), ("Hello", "A blue square, a circle."),
+             ("hi?", "no")]
+    rows = []
+    for i in range(12):
+        pictures = [1, 0, 2, 1][i % 4]
+        asked = turns[:1 + i % 3]
+        rows.append({"id": f"r{i}", "image": [f"{(i + j) % 12}.png" for j in range(pictures)],
+                     "conversations": [
+                         {"from": who, "value": "<image>\n" * (pictures * (k == 0 and who == "human")) + words}
+                         for k, turn in enumerate(asked) for who, words in zip(("human", "gpt"), turn)]})
+    captions = [{"id": f"c{i}", "image": f"{i}.png", "conversations": [
+        {"from": "human", "value": "<image>\nDescribe it."}, {"from": "gpt", "value": f"circle {i}"}]}
+        for i in range(12)]
+    (root / "rows.json").write_text(json.dumps(rows))
+    (root / "captions.json").write_text(json.dumps(captions))
+    return root
+
+
+def run(world, out, **flags):
+    """Trains through main(argv) and returns (exit status, standard output, error output)."""
+    flags = {"model_name_or_path": world / "llava", "data_path": world / "rows.json",
+             "image_folder": world / "images", "output_dir": out, "train_type": "full", "bf16": False,
+             "learning_rate": 1e-2, "max_steps": 6, "per_device_train_batch_size": 4, "eval_samples": 2,
+             "max_new_tokens": 4, "dataloader_num_workers": 0} | flags
+    argv = [word for key, value in flags.items() if value is not None for word in (f"--{key}", str(value))]
+    output, error = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(error):
+        status = train.main(argv)
+    return status, output.getvalue(), error.getvalue()
+
+
+def metrics_of(out):
+    return [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses_of(out):
+    return [m["loss"] for m in metrics_of(out) if "loss" in m]
+
+
+def weights_of(out):
+    return {k: v for file in (Path(out) / "final").glob("*.safetensors") for k, v in load_file(file).items()}
+
+
+def test_any_split_of_a_window_gives_the_same_gradients(world):
+    """Micro-batches, their order, padding, ranks: float64, 1e-10. Checkpointing changes nothing either."""
+    rows = data.open_dataset(world / "rows.json", world / "images", world / "llava")
+    steps = data.plan_epoch(rows.records.lengths, rows.records.has_picture, 12, 0, 0, False)
+
+    def gradients(accumulation, world_size=1, reverse=False, checkpointing=False):
+        model = llava.from_pretrained(world / "llava", torch.float64).train()
+        if checkpointing:
+            model.language_model.gradient_checkpointing_enable({"use_reentrant": False})
+        collate = data.Collator(model.config.image_token_id, model.tokens_per_picture)
+        batches = [collate([rows[i] for i in batch]) for rank in range(world_size)
+                   for batch in data.WindowSampler(steps, accumulation, world_size, rank)]
+        tokens = sum((b["labels"] >= 0).sum() for b in batches)
+        for b in reversed(batches) if reverse else batches:
+            (model(b["input_ids"], b["pixel_values"], b["labels"])[0] / tokens).backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+    whole = gradients(1)
+    assert whole.norm() > 1e-3
+    for split in (dict(accumulation=12), dict(accumulation=3, reverse=True),
+                  dict(accumulation=2, world_size=3), dict(accumulation=1, checkpointing=True)):
+        assert (gradients(**split) - whole).abs().max() < 1e-10, split
+
+
+def test_the_loop_is_plain_adamw_with_clipping_and_schedule(world, tmp_path):
+    """Six steps of the program against ten lines of torch; 3 x 4 accumulated = 12 at once."""
+    status, *_ = run(world, tmp_path / "a", gradient_accumulation_steps=3, weight_decay=0.1, mm_projector_lr=3e-3)
+    assert status == 0
+    model = llava.from_pretrained(world / "llava", torch.float32)
+    rows = data.open_dataset(world / "rows.json", world / "images", world / "llava")
+    collate = data.Collator(model.config.image_token_id, model.tokens_per_picture)
+    named = list(model.named_parameters())
+    optimizer = torch.optim.AdamW(
+        [{"params": [p], "lr": 3e-3 if "projector" in name else 1e-2, "weight_decay": 0.1 if p.ndim > 1 else 0}
+         for name, p in named])
+    scheduler = get_cosine_schedule_with_warmup(optimizer, 1, 6)
+    losses = []
+    for _ in range(6):
+        b = collate([rows[i] for i in range(12)])
+        loss = model(b["input_ids"], b["pixel_values"], b["labels"])[0] / (b["labels"] >= 0).sum()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step(), optimizer.zero_grad(), scheduler.step()
+        losses.append(loss.item())
+    assert losses_of(tmp_path / "a") == pytest.approx(losses, abs=1e-5)
+    assert losses[-1] < losses[0]
+    saved = weights_of(tmp_path / "a")
+    for name, p in named:
+        if "lm_head" not in name:
+            assert (saved[name] - p).abs().max() < 2e-4, name
+
+
+def test_schedules_are_those_of_transformers():
+    for kind, make in (("cosine", get_cosine_schedule_with_warmup), ("linear", get_linear_schedule_with_warmup)):
+        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+        scheduler = make(optimizer, 3, 20)
+        for step in range(20):
+            assert train.schedule(step, 20, 3, kind) == pytest.approx(scheduler.get_last_lr()[0], abs=1e-12)
+            optimizer.step(), scheduler.step()
+    assert train.schedule(5, 20, 3, "constant") == 1
+
+
+@pytest.mark.parametrize("train_type, moved", [
+    ("projector", {"multi_modal_projector"}),
+    ("freeze_vision", {"multi_modal_projector", "language_model"}),
+    ("full", {"multi_modal_projector", "language_model", "vision_tower"})])
+def test_each_train_type_moves_its_modules_and_no_other(world, tmp_path, train_type, moved):
+    """Traps 16, 17, 18. Every weight of a moving module moves (but k_proj.bias, which softmax ignores)."""
+    captions = {"data_path": world / "captions.json"} if train_type == "projector" else {}
+    assert run(world, tmp_path / "a", train_type=train_type, max_steps=2, warmup_ratio=0, **captions)[0] == 0
+    before, after = load_file(world / "llava" / "model.safetensors"), weights_of(tmp_path / "a")
+    assert before.keys() == after.keys()
+    built_tower = llava.from_pretrained(world / "llava").state_dict()
+    for name in before:
+        should = name.split(".")[0] in moved and name in built_tower and not name.endswith("k_proj.bias")
+        same = torch.equal(before[name], after[name])
+        assert same != should or name.endswith("k_proj.bias"), name
+
+
+LORA = dict(train_type="use_lora", lora_r=4, lora_alpha=8, learning_rate=1e-2, mm_projector_lr=1e-3)
+
+
+@pytest.mark.parametrize("kind", [{}, {"bf16": True}, LORA, {**LORA, "bits": 4}])
+def test_a_run_that_was_interrupted_equals_one_that_was_not(world, tmp_path, kind):
+    """Trap 40: bit for bit, losses and weights, in the middle of an epoch, dropout included."""
+    flags = dict(save_steps=2, save_total_limit=-1, per_device_train_batch_size=2,
+                 validation_data_path=world / "rows.json") | kind
+    assert run(world, tmp_path / "a", **flags)[0] == 0
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    for gone in ("final", "checkpoint-6"):
+        shutil.rmtree(tmp_path / "b" / gone)
+    (tmp_path / "b" / "checkpoint-7.part").mkdir()  # what a run leaves that dies while it saves
+    status, output, _ = run(world, tmp_path / "b", **flags, resume_from_checkpoint="latest")
+    assert status == 0 and "checkpoint-4" in output
+    assert losses_of(tmp_path / "a") == losses_of(tmp_path / "b") and len(losses_of(tmp_path / "a")) == 6
+    a, b = weights_of(tmp_path / "a"), weights_of(tmp_path / "b")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert [m for m in metrics_of(tmp_path / "a") if "eval_loss" in m] == [
+        m for m in metrics_of(tmp_path / "b") if "eval_loss" in m]
+    assert run(world, tmp_path / "b", **flags, resume_from_checkpoint="latest")[1].endswith("complete\n")
+
+
+def test_sigterm_saves_and_the_run_goes_on_to_the_same_end(world, tmp_path):
+    flags = dict(max_steps=40, per_device_train_batch_size=2)
+    assert run(world, tmp_path / "a", **flags)[0] == 0
+    argv = ["--model_name_or_path", world / "llava", "--data_path", world / "rows.json", "--image_folder",
+            world / "images", "--output_dir", tmp_path / "b", "--train_type", "full", "--bf16", "False",
+            "--learning_rate", 1e-2, "--max_steps", 40, "--per_device_train_batch_size", 2,
+            "--eval_samples", 2, "--max_new_tokens", 4, "--dataloader_num_workers", 1]
+    process = subprocess.Popen([sys.executable, HERE / "train.py", *map(str, argv)], stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("5/40"):
+            process.send_signal(signal.SIGTERM)
+    assert process.wait() == 3
+    assert 5 <= int(train.checkpoints(tmp_path / "b")[-1].name.split("-")[1]) < 40
+    assert run(world, tmp_path / "b", **flags, resume_from_checkpoint="latest")[0] == 0
+    a, b = weights_of(tmp_path / "a"), weights_of(tmp_path / "b")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_bf16_keeps_fp32_masters_and_sums(world):
+    """Small gradients survive accumulation, and updates too small for bf16 are not lost."""
+    model = llava.from_pretrained(world / "llava", torch.bfloat16)
+    args = train.parse(["--model_name_or_path", "x", "--data_path", "x", "--output_dir", "x", "--train_type", "projector"])
+    for name, p in model.named_parameters():
+        p.requires_grad_(name == "multi_modal_projector.linear_1.weight")
+    engine = train.Plain(model, args)
+    weight = model.multi_modal_projector.linear_1.weight
+    for _ in range(300):  # bf16 alone would stop at 256 + 1 = 256
+        engine.backward(weight.float().sum(), last=False)
+    (master,) = engine.masters.values()
+    assert master.grad.unique().item() == 300 and weight.grad is None and master.dtype == torch.float32
+    before = master.clone()
+    for _ in range(20):
+        engine.backward(weight.float().sum(), last=True)
+        engine.step(1e-3)
+    assert (master < before).all() and torch.equal(weight, master.to(torch.bfloat16))
+
+
+def test_evaluation_equals_transformers(world):
+    """Token-weighted loss and greedy answers, whatever the batch size; and the model trains on after it."""
+    reference = LlavaForConditionalGeneration.from_pretrained(world / "llava", dtype=torch.float32).eval()
+    rows = data.open_dataset(world / "rows.json", world / "images", world / "llava")
+    collate, text = data.Collator(reference.config.image_token_id, 4), rows.text
+    loss, right, tokens, answers = 0.0, 0, 0, []
+    for i in range(12):
+        b = collate([rows[i]])
+        pixels = {"pixel_values": b["pixel_values"]} if len(b["pixel_values"]) else {}
+        out = reference(input_ids=b["input_ids"], labels=b["labels"], **pixels)
+        n = (b["labels"] >= 0).sum().item()
+        loss, tokens = loss + out.loss.item() * n, tokens + n
+        predicted, labels = out.logits[0, :-1].argmax(-1), b["labels"][0, 1:]
+        right += (predicted == labels)[labels >= 0].sum().item()
+        turns = data.parse_record(rows.records[i])[0]
+        for k in range(1, len(turns), 2):
+            ids = torch.tensor([text.ids_and_labels(turns[:k], prompt=True)[0]])
+            item = {"input_ids": ids[0], "labels": ids[0], "pixel_values": b["pixel_values"], "row": 0, "cut": 0, "fault": None}
+            new = reference.generate(input_ids=collate([item])["input_ids"], **pixels, max_new_tokens=6,
+                                     do_sample=False, eos_token_id=text.stop_ids,
+                                     suppress_tokens=[reference.config.image_token_id])
+            answers.append(text.tokenizer.decode(new[0][len(collate([item])["input_ids"][0]):], skip_special_tokens=True).strip())
+    model = llava.from_pretrained(world / "llava")
+    for size in (1, 5):
+        args = train.parse(["--model_name_or_path", "x", "--eval_only", "--validation_data_path", "x", "--eval_samples", "-1",
+                            "--max_new_tokens", "6", "--per_device_eval_batch_size", str(size), "--dataloader_num_workers", "0"])
+        metrics, predictions = train.evaluate(model, rows, train.Alone(), collate, args, "cpu")
+        assert metrics["eval_loss"] == pytest.approx(loss / tokens, abs=1e-5)
+        assert metrics["eval_token_accuracy"] == pytest.approx(right / tokens)
+        assert [p["prediction"] for p in predictions] == answers and len(answers) == 24
+        assert metrics["eval_exact_match"] == sum(p["prediction"] == p["answer"] for p in predictions) / 24
+    train.training_mode(model)
+    assert model.language_model.training and not model.vision_tower.training  # trap 28
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_two_processes_under_zero_equal_one(world, tmp_path, stage):
+    """Rows of every kind, two ranks with accumulation 2, clipping at work; losses and weights to 1e-5."""
+    flags = {"model_name_or_path": world / "llava", "data_path": world / "rows.json", "image_folder": world / "images",
+             "train_type": "full", "bf16": False, "learning_rate": 1e-3, "max_steps": 5, "eval_samples": 3,
+             "max_new_tokens": 4, "dataloader_num_workers": 0, "validation_data_path": world / "rows.json", "save_steps": 3,
+             "save_total_limit": -1}
+    assert run(world, tmp_path / "a", **flags, per_device_train_batch_size=8)[0] == 0
+    flags |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "deepspeed": HERE / f"ds_zero{stage}.json"}
+    argv = [str(word) for key, value in flags.items() for word in (f"--{key}", value)]
+    launch = [Path(sys.executable).with_name("deepspeed"), "--num_gpus", "2", "--master_port", str(29600 + stage),
+              HERE / "train.py", *argv, "--output_dir"]
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    subprocess.run([*map(str, launch), str(tmp_path / "b")], check=True, env=environment, timeout=400)
+    a, b = weights_of(tmp_path / "a"), weights_of(tmp_path / "b")
+    # Keys' biases are left out: softmax ignores them, so AdamW scales up what rounding leaves of zero.
+    assert max((a[name] - b[name]).abs().max() for name in a if not name.endswith("k_proj.bias")) < 1e-5
+    assert losses_of(tmp_path / "a") == pytest.approx(losses_of(tmp_path / "b"), abs=1e-5)
+    one, two = ([m for m in metrics_of(tmp_path / out) if "eval_loss" in m] for out in "ab")
+    assert [m["eval_loss"] for m in one] == pytest.approx([m["eval_loss"] for m in two], abs=1e-5)
+    predictions = [(tmp_path / out / "predictions.jsonl").read_text().splitlines() for out in "ab"]
+    assert sorted(predictions[0]) == sorted(predictions[1])
+
+
+def test_text_only_rows_train_and_evaluate(world, tmp_path):
+    rows = [r for r in json.loads((world / "rows.json").read_text()) if not r["image"]]
+    (tmp_path / "text.json").write_text(json.dumps(rows))
+    status, output, error = run(world, tmp_path / "a", data_path=tmp_path / "text.json", image_folder=None,
+                                validation_data_path=tmp_path / "text.json", per_device_train_batch_size=2)
+    assert status == 0, error
+    assert losses_of(tmp_path / "a")[-1] < losses_of(tmp_path / "a")[0]
+
+
+def test_a_bad_record_stops_the_run_or_is_skipped_and_counted(world, tmp_path):
+    """Trap 32. Skipped, it weighs nothing: the run equals one whose row has no supervised token."""
+    rows = json.loads((world / "rows.json").read_text())
+    rows[5]["image"] = "missing.png"
+    rows[5]["conversations"][0]["value"] = "<image>\nWhat?"
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    for workers in (0, 1):
+        status, _, error = run(world, tmp_path / f"a{workers}", data_path=tmp_path / "rows.json", dataloader_num_workers=workers)
+        assert status == 2 and error.count("\n") == 1 and "row 5 (id r5)" in error and "missing.png" in error
+    status, _, error = run(world, tmp_path / "b", data_path=tmp_path / "rows.json", on_bad_record="skip", max_steps=3)
+    assert status == 0
+    assert sum(m["samples_per_s"] > 0 for m in metrics_of(tmp_path / "b")) == 3
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_its_records(world, tmp_path):
+    shutil.copytree(world / "llava", tmp_path / "nan")
+    tensors = load_file(tmp_path / "nan" / "model.safetensors")
+    tensors["multi_modal_projector.linear_2.bias"][0] = float("nan")
+    from safetensors.torch import save_file
+    save_file(tensors, tmp_path / "nan" / "model.safetensors", metadata={"format": "pt"})
+    status, _, error = run(world, tmp_path / "a", model_name_or_path=tmp_path / "nan")
+    assert status == 2 and "the loss is nan" in error and "id r" in error and not (tmp_path / "a" / "final").exists()
+
+
+@pytest.mark.parametrize("flags, says", [
+    (dict(train_type="adapter"), "invalid choice"),
+    (dict(bf16="maybe"), "neither True nor False"),
+    (dict(data_path="no.json"), "no.json"),
+    (dict(model_name_or_path="nowhere"), "nowhere"),
+    (dict(image_folder="nowhere"), "nowhere"),
+    (dict(image_folder=None), "--image_folder"),
+    (dict(resume_from_checkpoint="nowhere", output_dir="HELD"), "nowhere"),
+    (dict(output_dir="HELD"), "--resume_from_checkpoint latest"),
+    (dict(output_dir="HELD", resume_from_checkpoint="latest", learning_rate=1), "--learning_rate"),
+    (dict(output_dir="OTHER"), "no run"),
+    (dict(output_dir="SOURCE"), "the model comes from there"),
+    (dict(deepspeed="no.json"), "no.json"),
+    (dict(model_max_length=8), "model_max_length"),
+    (dict(data_path=None), "--data_path is needed"),
+])
+def test_bad_flags_are_one_line_and_write_nothing(world, tmp_path, flags, says):
+    """Traps 9, 16, 35. Exit status 2, as argparse's own."""
+    (tmp_path / "held").mkdir()
+    args = run(world, tmp_path / "held2", max_steps=1) if "HELD" in flags.values() else None
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.tex").write_text("x")
+    if args:
+        shutil.rmtree(tmp_path / "held2" / "final")
+    flags = {"max_steps": 1, "warmup_ratio": 0.03} | flags
+    flags["output_dir"] = {"HELD": tmp_path / "held2", "OTHER": tmp_path / "other", "SOURCE": world / "llava"}.get(
+        flags.get("output_dir"), tmp_path / "new")
+    before = sorted(world.rglob("*")), sorted(tmp_path.rglob("*"))
+    error = io.StringIO()
+    try:
+        status, _, text = run(world, **{"out": flags.pop("output_dir")}, **flags)
+    except SystemExit as stop:
+        status, text = stop.code, says
+    assert status == 2 and says in text and text.count("\n") <= 1
+    assert before == (sorted(world.rglob("*")), sorted(tmp_path.rglob("*")))
+
+
+def test_published_defaults():
+    """facts: LLaVA-1.5's scripts."""
+    def of(kind, *more):
+        return train.parse(["--model_name_or_path", "x", "--data_path", "x", "--output_dir", "x", "--train_type", kind, *more])
+    args = of("projector", "--local_rank=3")  # trap 41: the launcher's flag
+    assert (args.learning_rate, args.version, args.warmup_ratio, args.weight_decay) == (1e-3, "plain", 0.03, 0)
+    assert (args.lr_scheduler_type, args.model_max_length, args.max_grad_norm) == ("cosine", 2048, 1.0)
+    args = of("freeze_vision", "--mm_projector_lr", "1e-4", "--bf16")
+    assert (args.learning_rate, args.mm_projector_lr, args.mm_vision_tower_lr, args.bf16) == (2e-5, 1e-4, 2e-5, True)
+
+
+def test_deepspeed_files_leave_the_batch_to_the_flags(tmp_path):
+    """Traps 24 to 26: no "auto", bf16 on, clipping from the flags; a file that says otherwise is refused."""
+    argv = ["--model_name_or_path", "x", "--data_path", "x", "--output_dir", "x", "--train_type", "full", "--bf16", "True"]
+    for stage in (2, 3):
+        file = HERE / f"ds_zero{stage}.json"
+        assert "auto" not in file.read_text()
+        config = train.deepspeed_config(train.parse([*argv, "--deepspeed", str(file)]))
+        assert config["gradient_clipping"] == 1.0 and config["bf16"]["enabled"] and config["zero_optimization"]["stage"] == stage
+        (tmp_path / "bad.json").write_text(json.dumps({**json.loads(file.read_text()), "gradient_clipping": 2}))
+        with pytest.raises(ValueError, match="gradient_clipping"):
+            train.deepspeed_config(train.parse([*argv, "--deepspeed", str(tmp_path / "bad.json")]))
+
+
+def test_flops_are_those_of_the_closed_form(world):
+    model = llava.from_pretrained(world / "llava")
+    batch = {"input_ids": torch.zeros(2, 30), "pixel_values": torch.zeros(3, 3, 28, 28),
+             "labels": torch.where(torch.arange(30) < 20, -100, 1).expand(2, 30)}
+    D, F, V, L, T, N, P = 32, 48, model.config.text_config.vocab_size, 2, 60, 3, 5
+    decoder = 2 * T * L * (2 * D * D + 2 * D * D // 2 + 3 * D * F)  # two of four heads are key-value heads
+    tower = 2 * N * P * (2 * (4 * D * D + 2 * D * F) + 3 * 14 * 14 * D)
+    attention = 4 * N * P * P * D * 2, 2 * 2 * 30 * 30 * D * L
+    projector, head = 2 * N * P * 2 * D * D, 2 * 20 * D * V
+    for p in model.parameters():
+        p.requires_grad_(False)
+    forward = tower + projector + decoder + head + sum(attention)
+    assert train.count_flops(model, batch) == forward
+    model.multi_modal_projector.requires_grad_(True)
+    assert train.count_flops(model, batch) == forward + 2 * projector + decoder + head + 2 * attention[1]
+
+
+@pytest.mark.parametrize("bits", [16, 4])
+def test_a_trained_adapter_is_the_same_model_in_peft_and_merged(world, tmp_path, bits):
+    """Users' troubles 7, 9, 12: what `evaluate` saw is what PEFT and transformers run."""
+    from peft import PeftModel
+    status, output, error = run(world, tmp_path / "a", **LORA | dict(
+        bits=bits, save_steps=2, validation_data_path=world / "rows.json", save_total_limit=-1))
+    assert status == 0 and "2 x language_model.model.layers.*.self_attn.q_proj" in output, error
+    adapter = tmp_path / "a" / "final"
+    assert (tmp_path / "a" / "checkpoint-2" / "adapter_model.safetensors").is_file()
+    merge = ["merge", "--model_name_or_path", str(world / "llava"), "--adapter", str(adapter), "--out", str(tmp_path / "m")]
+    assert lora.main(merge + ["--dequantize"] * (bits == 4)) == 0
+    rows = data.open_dataset(world / "rows.json", world / "images", world / "llava")
+    merged = LlavaForConditionalGeneration.from_pretrained(tmp_path / "m", dtype=torch.float32).eval()
+    b = data.Collator(merged.config.image_token_id, 4)([rows[i] for i in range(12)])
+    ours = llava.open_model(world / "llava", adapter, bits, torch.float32, "cpu").eval()
+    with torch.no_grad():
+        loss = ours(b["input_ids"], b["pixel_values"], b["labels"])[0] / (b["labels"] >= 0).sum()
+        inputs = {key: b[key] for key in ("input_ids", "pixel_values", "labels")}
+        logits = merged(**inputs).logits
+        assert merged(**inputs).loss.item() == pytest.approx(loss.item(), abs=1e-5)
+        if bits == 16:
+            base = LlavaForConditionalGeneration.from_pretrained(world / "llava", dtype=torch.float32)
+            theirs = PeftModel.from_pretrained(base, adapter).eval()(**inputs).logits
+            assert (theirs - logits).abs().max() < 1e-4 and theirs.abs().max() > 1
+    last = [m["eval_loss"] for m in metrics_of(tmp_path / "a") if "eval_loss" in m][-1]
+    status, output, _ = run(world, None, train_type=None, data_path=None, eval_only=True, bits=bits, adapter=adapter,
+                            validation_data_path=world / "rows.json")
+    assert f"loss {last:.4f}" in output
+
+
+def test_an_adapter_goes_on_learning_and_4_bits_are_for_lora_only(world, tmp_path):
+    assert run(world, tmp_path / "a", **LORA | dict(max_steps=3))[0] == 0
+    assert run(world, tmp_path / "b", **LORA | dict(max_steps=3, adapter=tmp_path / "a" / "final", warmup_ratio=0))[0] == 0
+    assert losses_of(tmp_path / "b")[0] < losses_of(tmp_path / "a")[0]
+    for wrong in (dict(bits=8), dict(bits=4), dict(adapter=tmp_path / "a" / "final")):
+        with pytest.raises(SystemExit) as stop:
+            run(world, tmp_path / "c", **wrong)
+        assert stop.value.code == 2
+    status, _, error = run(world, tmp_path / "c", **LORA | dict(lora_target_modules="nothing"))
+    assert status == 2 and "nothing" in error and not (tmp_path / "c").exists()
