@@ -23,11 +23,14 @@ clip/clip.py).
 """
 
 import argparse
+import collections
+import functools
 import io
 import json
 import os
 import random
 import re
+import shutil
 import struct
 import sys
 import zipfile
@@ -608,14 +611,15 @@ class WindowSampler:
 # --- commands ---
 
 
-COLOURS = {"red": (214, 40, 40), "green": (50, 160, 60), "blue": (40, 80, 210), "yellow": (240, 200, 30)}
-SIZES = {"tiny": 13, "small": 20, "large": 29, "huge": 39}  # radius in pixels
-SHAPES = {
-    "circle": None,
+COLOURS = {"red": (214, 40, 40), "green": (50, 160, 60), "blue": (40, 80, 210),
+           "yellow": (215, 180, 20)}
+SIZES = {"tiny": 14, "small": 21, "large": 30, "huge": 40}  # radius in pixels
+SHAPES = {  # corners, for a radius of 1
+    "circle": [],
     "square": [(-0.86, -0.86), (0.86, -0.86), (0.86, 0.86), (-0.86, 0.86)],
     "triangle": [(0, -1), (0.95, 0.8), (-0.95, 0.8)],
-    "cross": [(-0.32, -1), (0.32, -1), (0.32, -0.32), (1, -0.32), (1, 0.32), (0.32, 0.32), (0.32, 1), (-0.32, 1),
-              (-0.32, 0.32), (-1, 0.32), (-1, -0.32), (-0.32, -0.32)],
+    "cross": [(-0.32, -1), (0.32, -1), (0.32, -0.32), (1, -0.32), (1, 0.32), (0.32, 0.32),
+              (0.32, 1), (-0.32, 1), (-0.32, 0.32), (-1, 0.32), (-1, -0.32), (-0.32, -0.32)],
 }
 NUMBERS = ["one", "two", "three", "four"]
 POSITIONS = ["top left", "top right", "bottom left", "bottom right"]
@@ -626,138 +630,164 @@ QUESTIONS = {
     "position": ["Where are the shapes?", "In which corner are the shapes?"],
     "number": ["How many shapes are there?", "Count the shapes."],
 }
-
-
-def draw_shape(draw: ImageDraw.ImageDraw, shape: str, colour: str, x: float, y: float, radius: float):
-    if shape == "circle":
-        draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=COLOURS[colour])
-    else:
-        draw.polygon([(x + dx * radius, y + dy * radius) for dx, dy in SHAPES[shape]], fill=COLOURS[colour])
+COMPARISONS = {"colour": "In which picture are the shapes {}?", "shape": "Which picture has a {}?",
+               "position": "In which picture are the shapes in the {}?"}
 
 
 class ToyWorld:
-    """Pictures of shapes, words about them, and questions: all that the built-in recipe trains on.
+    """Pictures of shapes, words about them and questions: what the built-in recipe trains on.
 
-    Every answer to a question of one kind is equally likely and says nothing about the other kinds, so what a model
-    gets right beyond a guess it has seen in the picture.
+    A scene is a few shapes, all alike, in one corner. Each answer to a question of one kind is as
+    likely as the others and says nothing about other kinds, so what a model gets right beyond a
+    guess, it has seen.
     """
 
     def __init__(self, folder: Path, seed: int):
         self.folder, self.rng, self.count = folder, random.Random(seed), 0
 
     def scene(self) -> dict:
-        """A few shapes, all alike, in one corner."""
-        choose = self.rng.choice
-        return {"colour": choose(list(COLOURS)), "shape": choose(list(SHAPES)), "size": choose(list(SIZES)),
-                "position": choose(POSITIONS), "number": choose(NUMBERS)}
+        choices = {"colour": list(COLOURS), "shape": list(SHAPES), "size": list(SIZES),
+                   "position": POSITIONS, "number": NUMBERS}
+        return {kind: self.rng.choice(answers) for kind, answers in choices.items()}
 
     def words(self, scene: dict) -> str:
-        plural = {"cross": "crosses"}.get(scene["shape"], scene["shape"] + "s")
-        shape = scene["shape"] if scene["number"] == "one" else plural
-        return f"{scene['number']} {scene['size']} {scene['colour']} {shape} in the {scene['position']}"
+        ending = "" if scene["number"] == "one" else "es" if scene["shape"] == "cross" else "s"
+        return "{number} {size} {colour} {shape}{ending} in the {position}".format(
+            ending=ending, **scene)
 
-    def picture(self, *shapes: tuple) -> str:
-        """Draws shapes (shape, colour, size, cell column 0..3, cell row 0..3) and returns the file's name."""
+    def draw_scene(self, scene: dict) -> str:
+        corner, count = POSITIONS.index(scene["position"]), 1 + NUMBERS.index(scene["number"])
+        cells = [(x + 2 * (corner % 2), y + 2 * (corner // 2)) for y in (0, 1) for x in (0, 1)]
+        return self.draw(*((scene["shape"], scene["colour"], scene["size"], *cell)
+                           for cell in cells[:count]))
+
+    def draw(self, *shapes: tuple) -> str:
+        """Writes a picture of shapes (shape, colour, size, column, row of 4 x 4); its file name."""
         image = Image.new("RGB", (336, 336), (self.rng.randint(225, 255),) * 3)
-        draw = ImageDraw.Draw(image)
-        for shape, colour, size, column, row in shapes:
-            free = 42 - SIZES[size]
-            x, y = (84 * cell + 42 + self.rng.uniform(-free, free) for cell in (column, row))
-            draw_shape(draw, shape, colour, x, y, SIZES[size])
+        pen = ImageDraw.Draw(image)
+        for shape, colour, size, *cell in shapes:
+            radius = SIZES[size]
+            free = min(8, 42 - radius)
+            x, y = (84 * c + 42 + self.rng.uniform(-free, free) for c in cell)
+            if SHAPES[shape]:
+                corners = [(x + dx * radius, y + dy * radius) for dx, dy in SHAPES[shape]]
+                pen.polygon(corners, fill=COLOURS[colour])
+            else:
+                pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill=COLOURS[colour])
         self.count += 1
         name = f"{self.count:06d}.png"
         image.save(self.folder / "images" / name, compress_level=1)
         return name
 
-    def picture_of(self, scene: dict) -> str:
-        corner = POSITIONS.index(scene["position"])
-        cells = self.rng.sample([(c, r) for c in (0, 1) for r in (0, 1)], 1 + NUMBERS.index(scene["number"]))
-        return self.picture(*((scene["shape"], scene["colour"], scene["size"], c + 2 * (corner % 2), r + 2 * (corner // 2))
-                              for c, r in cells))
+    # Each of these gives (descriptions, [a function that draws], [(kind, question, answer)]).
 
-    def questions_about_one(self):
-        """(words, pictures, [(kind, question, answer)]): one scene, five questions."""
-        scene = self.scene()
-        kinds = self.rng.sample(list(QUESTIONS), len(QUESTIONS))
-        return [self.words(scene)], [scene], [(kind, self.rng.choice(QUESTIONS[kind]), scene[kind]) for kind in kinds]
+    def one(self):
+        scene, kinds = self.scene(), self.rng.sample(list(QUESTIONS), len(QUESTIONS))
+        asked = [(kind, self.rng.choice(QUESTIONS[kind]), scene[kind]) for kind in kinds]
+        return [self.words(scene)], [lambda: self.draw_scene(scene)], asked
 
-    def questions_about_two(self):
-        """Two scenes in two pictures, told apart by what one has and the other has not."""
-        first, second = self.scene(), self.scene()
-        asked = []
-        for kind in self.rng.sample(["colour", "shape", "position"], 3):
-            if first[kind] != second[kind]:
-                which = self.rng.randrange(2)
-                asked.append(("which", f"Which picture has {kind} {(first, second)[which][kind]}?", ("first", "second")[which]))
-        return ([self.words(first), self.words(second)], [first, second], asked) if asked else self.questions_about_two()
+    def two(self):
+        scenes, asked = (self.scene(), self.scene()), []
+        for kind in self.rng.sample(list(COMPARISONS), len(COMPARISONS)):
+            which = self.rng.randrange(2)
+            if scenes[0][kind] != scenes[1][kind]:
+                question = COMPARISONS[kind].format(scenes[which][kind])
+                asked.append(("comparison", question, ("first", "second")[which]))
+        draw = [functools.partial(self.draw_scene, scene) for scene in scenes]
+        return ([self.words(scene) for scene in scenes], draw, asked) if asked else self.two()
 
-    def questions_about_relation(self):
-        """Two different shapes side by side, or one above the other."""
-        a, b = self.rng.sample(list(SHAPES), 2)
-        colours = self.rng.sample(list(COLOURS), 2)
-        where = self.rng.choice(["left", "right", "above", "below"])
-        near, far, line = 0, self.rng.choice([2, 3]), self.rng.randrange(4)
-        cells = [(near, line), (far, line)] if where in ("left", "right") else [(line, near), (line, far)]
+    def relation(self):
+        (a, b), (red, blue) = (self.rng.sample(list(x), 2) for x in (SHAPES, COLOURS))
+        where, line = self.rng.choice(["left", "right", "above", "below"]), self.rng.randrange(4)
+        cells = [(0, line), (3, line)] if where in ("left", "right") else [(line, 0), (line, 3)]
         cells = cells if where in ("left", "above") else cells[::-1]
-        words = f"a {colours[0]} {a} and a {colours[1]} {b}, the {a} {where}"
-        shapes = [(a, colours[0], "large", *cells[0]), (b, colours[1], "large", *cells[1])]
-        return [words], [shapes], [("relation", f"Where is the {a}, seen from the {b}?", where)]
+        words = f"a {red} {a} and a {blue} {b}, the {a} {where}"
+        shapes = (a, red, "large", *cells[0]), (b, blue, "large", *cells[1])
+        return [words], [lambda: self.draw(*shapes)], [
+            ("relation", f"Where is the {a}, seen from the {b}?", where)]
 
-    def row(self, kind: str, asked, turns_before: str, images: list[str]) -> dict:
-        conversations = []
-        for i, (_, question, answer) in enumerate(asked):
-            conversations += [{"from": "human", "value": (turns_before if i == 0 else "") + question},
-                              {"from": "gpt", "value": answer}]
-        row = {"id": f"{kind}-{self.rng.getrandbits(40):010x}", "image": images, "conversations": conversations,
-               "kinds": [kind for kind, _, _ in asked]}
-        if len(images) < 2:
-            row["image"] = images[0] if images else None
-        return {key: value for key, value in row.items() if value is not None}
+    def row(self, asked: list[tuple], images: list[str], before: str) -> dict:
+        """A record: questions and answers, with what stands before the first question."""
+        turns = [{"from": who, "value": words} for _, *turn in asked
+                 for who, words in zip(("human", "gpt"), turn)]
+        turns[0]["value"] = before + turns[0]["value"]
+        image = {"image": images[0] if len(images) == 1 else images} if images else {}
+        return {"id": f"{self.rng.getrandbits(40):010x}", **image, "conversations": turns,
+                "kinds": [kind for kind, *_ in asked]}
 
     def reading(self) -> dict:
-        """A row without a picture: a scene in words, and questions about it."""
-        make = self.rng.choices([self.questions_about_one, self.questions_about_two, self.questions_about_relation], [7, 2, 1])[0]
+        """Scenes in words, or the loose words of one, and questions: for who cannot read yet."""
+        make = self.rng.choices([self.one, self.two, self.relation], [7, 2, 1])[0]
         words, _, asked = make()
-        return self.row("read", asked, "".join(f"{w}\n" for w in words), [])
+        if make == self.one and self.rng.random() < 0.7:
+            facts = [answer for _, _, answer in self.rng.sample(asked, len(asked))]
+            asked = [("caption", "Describe the picture.", words[0])] * self.rng.randrange(2) + asked
+            words = [" ".join(f" {fact}" for fact in facts)]
+        asked = [("reading", *turn) for _, *turn in asked]  # no picture is needed for these
+        return self.row(asked, [], "".join(f"{line}\n" for line in words))
 
     def caption(self) -> dict:
-        words, scenes, _ = self.questions_about_one()
-        return self.row("caption", [("caption", "Describe the picture.", words[0])], f"{IMAGE}\n",
-                        [self.picture_of(scenes[0])])
+        words, draw, _ = self.one()
+        return self.row([("caption", "Describe the picture.", words[0])], [draw[0]()], f"{IMAGE}\n")
 
     def instruction(self) -> dict:
-        """A row as in visual instruction tuning: mostly one picture and five questions."""
-        kind = self.rng.choices(["one", "two", "relation", "read"], [70, 12, 12, 6])[0]
-        if kind == "read":
+        """As in visual instruction tuning: mostly one picture and several questions about it."""
+        make = self.rng.choices([self.one, self.two, self.relation, None], [73, 15, 6, 6])[0]
+        if make is None:
             return self.reading()
-        words, scenes, asked = getattr(self, f"questions_about_{kind}")()
-        images = [self.picture(*s) if isinstance(s, list) else self.picture_of(s) for s in scenes]
-        return self.row(kind, asked, f"{IMAGE}\n" * len(images), images)
+        _, draw, asked = make()
+        return self.row(asked, [draw_one() for draw_one in draw], f"{IMAGE}\n" * len(draw))
 
 
 def toy_words(rows: int = 1000) -> list[str]:
     """What the toy world says, for a tokenizer to learn its vocabulary from."""
     world = ToyWorld(Path(), seed=0)
-    return ["user\n", "assistant\n"] * rows + [t["value"] for _ in range(rows) for t in world.reading()["conversations"]]
+    said = [turn["value"] for _ in range(rows) for turn in world.reading()["conversations"]]
+    return ["user", "assistant"] * rows + said
 
 
 def toy(out: Path, scenes: int, seed: int):
-    """Writes the built-in data: reading.json, captions.json, train.json, validation sets, images/."""
-    (out / "images").mkdir(parents=True, exist_ok=True)
-    world = ToyWorld(out, seed)
-    held_out = max(160, scenes // 40)
-    makers = {"reading": world.reading, "captions": world.caption, "train": world.instruction}
-    sets = {name: [make() for _ in range(scenes)] for name, make in makers.items()}
-    sets |= {f"{name}_validation": [make() for _ in range(held_out)] for name, make in makers.items()}
-    sets["validation"] = sets.pop("train_validation")
-    # The same questions with the pictures of other rows: who still answers them has not looked.
-    by_count = {n: [r.get("image") for r in sets["validation"] if len(image_list(r)) == n] for n in (1, 2)}
-    turned = {n: iter(images[len(images) // 2:] + images[:len(images) // 2]) for n, images in by_count.items()}
-    sets["validation_shuffled"] = [{**r, "image": next(turned[len(image_list(r))])} if "image" in r else r
-                                   for r in sets["validation"]]
-    for name, rows in sets.items():
-        (out / f"{name}.json").write_text(json.dumps(rows, indent=1))
-    return sets
+    """Writes the built-in data, three sets of `scenes` rows with held-out ones, beside `out`."""
+    if out.exists():
+        raise ValueError(f"--out {out}: exists already; name a new folder")
+    part = out.with_name(out.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    (part / "images").mkdir(parents=True)
+    world = ToyWorld(part, seed)
+    sets = {}
+    for name, make in (("reading", world.reading), ("captions", world.caption),
+                       ("train", world.instruction)):
+        sets[name] = [make() for _ in range(scenes)]
+        sets[f"{name}_validation"] = [make() for _ in range(max(160, scenes // 40))]
+    rows = sets["train_validation"]
+    # The same questions with other rows' pictures: who still answers has not looked.
+    counts = [len(image_list(row)) for row in rows]
+    alike = [[i for i in range(len(rows)) if counts[i] == count] for count in (0, 1, 2)]
+    other = {i: group[(k + len(group) // 2) % len(group)] for group in alike
+             for k, i in enumerate(group)}
+    sets["train_shuffled"] = [{**row, **{k: rows[other[i]][k] for k in ("image",) if k in row}}
+                              for i, row in enumerate(rows)]
+    for name, content in sets.items():
+        (part / f"{name}.json").write_text(json.dumps(content, indent=1))
+    (part / "baseline.json").write_text(json.dumps(question_only(sets["train"], rows)))
+    part.rename(out)
+
+
+def question_only(train: list[dict], rows: list[dict]) -> dict:
+    """{kind: share right} of always giving the training set's commonest answer to a question."""
+    def turns(rows):
+        for row in rows:
+            said = [turn["value"] for turn in row["conversations"]]
+            for kind, question, answer in zip(row["kinds"], said[::2], said[1::2]):
+                yield kind, question.removeprefix(f"{IMAGE}\n" * len(image_list(row))), answer
+
+    seen, right = collections.defaultdict(collections.Counter), collections.defaultdict(list)
+    for _, question, answer in turns(train):
+        seen[question][answer] += 1
+    for kind, question, answer in turns(rows):
+        guess = seen[question].most_common(1)
+        right[kind].append(bool(guess) and guess[0][0] == answer)
+    return {kind: sum(hits) / len(hits) for kind, hits in right.items()}
 
 
 def show(dataset: LlavaDataset, i: int, as_json: bool):

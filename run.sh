@@ -22,7 +22,9 @@ Environment variables of `bash run.sh` (none: the built-in recipe):
   FINETUNE_DATA      stage 2: instructions (none: no stage 2)
   FINETUNE_IMAGES    stage 2: its folder of pictures, or .zip
   VALIDATION_DATA    rows to evaluate stage 2 on, pictures in FINETUNE_IMAGES
-  TRAIN_TYPE         stage 2: freeze_vision (default), full
+  TRAIN_TYPE         stage 2: freeze_vision (default), full, use_lora
+  BITS               4: with use_lora, the language model in 4 bits
+  DEEPSPEED_CONFIG   ds_zero2.json (default where there are GPUs) or ds_zero3.json; none: one process
   PRETRAIN_ARGS      further flags of train.py for stage 1, as "--per_device_train_batch_size 8"
   FINETUNE_ARGS      further flags of train.py for stage 2
   OUT                where everything goes (out)
@@ -48,9 +50,21 @@ setup() {
 
 # --- the recipe ---
 
+# launch: the command that starts train.py on what this machine has.
+choose_launch() {
+  local gpus config
+  gpus=$(python -c "import torch; print(torch.cuda.device_count())")
+  config=${DEEPSPEED_CONFIG:-$([ "$gpus" -gt 0 ] && echo ds_zero2.json || echo none)}
+  launch=(python train.py)
+  if [ "$config" != none ]; then
+    launch=(deepspeed --num_gpus "$((gpus > 0 ? gpus : 1))" --master_port "${MASTER_PORT:-29500}"
+            train.py --deepspeed "$config")
+  fi
+}
+
 train() {  # train OUTPUT_DIR FLAGS...: a finished run is left alone, an interrupted one goes on
   local out=$1; shift
-  python train.py --output_dir "$out" --resume_from_checkpoint latest "$@"
+  "${launch[@]}" --output_dir "$out" --resume_from_checkpoint latest "$@"
 }
 
 real() {
@@ -66,8 +80,9 @@ real() {
   fi
   if [ -n "${FINETUNE_DATA:-}" ]; then
     train "$OUT/stage2" --model_name_or_path "$model" --train_type "${TRAIN_TYPE:-freeze_vision}" \
-      --version "${VERSION:-own}" --data_path "$FINETUNE_DATA" --image_folder "${FINETUNE_IMAGES:-}" \
-      ${VALIDATION_DATA:+--validation_data_path "$VALIDATION_DATA"} ${FINETUNE_ARGS:-}
+      --version "${VERSION:-own}" --data_path "$FINETUNE_DATA" ${FINETUNE_IMAGES:+--image_folder "$FINETUNE_IMAGES"} \
+      ${VALIDATION_DATA:+--validation_data_path "$VALIDATION_DATA"} --bits "${BITS:-16}" \
+      ${FINETUNE_ARGS:-}
     model=$OUT/stage2/final
   fi
   echo "the model is in $model"
@@ -85,8 +100,8 @@ for stage in ("reading", "stage1", "stage2"):
     losses = [row["eval_loss"] for row in rows if "eval_loss" in row]
     seconds = (out / stage / "final").stat().st_mtime - (out / stage / "run.json").stat().st_mtime
     print(f"{stage:<9}{rows[-1]['step']:>7}{seconds / 60:>10.1f}   {losses[0]:.3f} > {losses[-1]:.3f}")
-seen, turned = (lines(out / name / "metrics.jsonl")[0] for name in ("validation", "validation_shuffled"))
-asked = lines(out / "validation" / "predictions.jsonl")
+seen, turned = (lines(out / name / "metrics.jsonl")[0] for name in ("train_validation", "train_shuffled"))
+asked = lines(out / "train_validation" / "predictions.jsonl")
 blind = json.load(open(out / "toy" / "baseline.json"))
 gated = ("colour", "shape", "size", "position", "number")
 print("\nheld-out answers   questions   right   pictures shuffled   question alone")
@@ -98,12 +113,12 @@ mean = lambda score: sum(score(a["kind"]) for a in asked if a["kind"] in gated) 
 print(f"{'the first five':<18}{count:>10}" + "".join(f"{mean(score):>{width}.1%}" for score, width in (
     (lambda k: seen[f"eval_exact_match/{k}"], 8), (lambda k: turned[f"eval_exact_match/{k}"], 20),
     (blind.get, 17))))
-row = next(row for row in json.load(open(out / "toy" / "validation.json")) if isinstance(row.get("image"), str))
+row = next(row for row in json.load(open(out / "toy" / "train_validation.json")) if isinstance(row.get("image"), str))
 turns = [a for a in asked if a["id"] == row["id"]]
 print(f"\na conversation about {out}/toy/images/{row['image']}:")
 for a in turns:
     print(f"  {a['question'].splitlines()[-1]} > {a['prediction']}")
-print(f"\nthe model: {out}/stage2/final; its pictures and answers: {out}/validation/predictions.jsonl\n"
+print(f"\nthe model: {out}/stage2/final; its pictures and answers: {out}/train_validation/predictions.jsonl\n"
       f"  python model.py chat --model_name_or_path {out}/stage2/final --image {out}/toy/images/{row['image']}")
 PY
 }
@@ -122,8 +137,8 @@ builtin() {
   train "$OUT/stage1" --train_type projector --model_name_or_path "$OUT/reading/final" \
     --data_path "$toy/captions.json" --validation_data_path "$toy/captions_validation.json" $common
   train "$OUT/stage2" --train_type full --model_name_or_path "$OUT/stage1/final" \
-    --data_path "$toy/train.json" --validation_data_path "$toy/validation.json" $common
-  for rows in validation validation_shuffled; do
+    --data_path "$toy/train.json" --validation_data_path "$toy/train_validation.json" $common
+  for rows in train_validation train_shuffled; do
     [ -d "$OUT/$rows" ] || python train.py --eval_only --model_name_or_path "$OUT/stage2/final" \
       --validation_data_path "$toy/$rows.json" --image_folder "$toy/images" --eval_samples -1 \
       --max_new_tokens 24 --output_dir "$OUT/$rows" > /dev/null
@@ -135,11 +150,14 @@ OUT=${OUT:-out}
 case "${1:-recipe}" in
   help) help ;;
   test)
-    setup pytest==9.2.0 hypothesis==6.163.0
+    setup pytest==9.2.0 hypothesis==6.170.15 peft==0.21.2 accelerate==1.15.0
     shift
-    python -m pytest -q -p no:cacheprovider test_smoke.py "$@" ;;
+    marks="not long"
+    if [ "${1:-}" = --all ]; then marks=""; shift; fi
+    python -m pytest -q -p no:cacheprovider -o markers=long -m "$marks" test_smoke.py "$@" ;;
   recipe)
     setup
+    choose_launch
     if [ -n "${MODEL:-}${VISION_TOWER:-}" ]; then real; else builtin; fi ;;
   *) help >&2; exit 2 ;;
 esac

@@ -19,7 +19,6 @@ import signal
 import struct
 import subprocess
 import sys
-import types
 import zipfile
 import zlib
 from collections import Counter
@@ -701,13 +700,13 @@ def test_toy_data_is_a_function_of_its_seed(toy, tmp_path, monkeypatch):
 
 
 def test_toy_data_keeps_its_rules(toy):
-    sets = {path.stem: json.loads(path.read_text()) for path in toy.glob("*.json")}
+    sets = {path.stem: json.loads(path.read_text()) for path in toy.glob("*.json") if path.stem != "baseline"}
     for rows in sets.values():
         assert len({r["id"] for r in rows}) == len(rows)
         for r in rows:
             names = data.parse_record(r)[1]
             assert all((toy / "images" / name).is_file() for name in names)
-    train, held_out = sets["train"], sets["validation"]
+    train, held_out = sets["train"], sets["train_validation"]
     asked = Counter(kind for r in train for kind in r["kinds"])
     for kind in ("colour", "shape", "size", "position", "number"):
         answers = Counter(t["value"] for r in train for k, t in zip(r["kinds"], r["conversations"][1::2]) if k == kind)
@@ -1269,20 +1268,6 @@ BLOCKS = r"model\.language_model\.layers\.\d+\..+"  # every linear layer of the 
 PROJECTOR = "model.multi_modal_projector"
 
 
-def to_transformers_name(name):
-    """model.py's table in miniature: a name on disk, in either spelling > transformers' name."""
-    for disk, memory in {
-        "language_model.model.": "model.language_model.",
-        "language_model.lm_head.": "lm_head.",
-        "vision_tower.vision_model.": "model.vision_tower.",
-        "vision_tower.": "model.vision_tower.",
-        "multi_modal_projector": "model.multi_modal_projector",
-    }.items():
-        if name.startswith(disk):
-            return memory + name.removeprefix(disk)
-    return name
-
-
 def tiny_llava(seed=0, device="cpu", **text):
     text = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 100,
             "num_attention_heads": 4, "num_key_value_heads": 2} | text  # fmt: skip
@@ -1325,7 +1310,7 @@ def quantize(model):
 
 
 def saved(model, out, base=None, **options):
-    options = {"rename": to_transformers_name, "modules_to_save": [PROJECTOR]} | options
+    options = {"rename": llava.transformers_name, "modules_to_save": [PROJECTOR]} | options
     lora.save(model, out, base, **options)
     return out
 
@@ -1584,7 +1569,7 @@ def test_we_load_pefts_adapter(targets, tmp_path):
         p.data += 0.1
     theirs.save_pretrained(tmp_path)
     model = tiny_llava()
-    loaded = lora.load(model, tmp_path, rename=to_transformers_name)
+    loaded = lora.load(model, tmp_path, rename=llava.transformers_name)
     close(logits(model), logits(theirs), 1e-5)
     assert {n for n, p in model.named_parameters() if p.requires_grad} == loaded.keys()
     assert model.model.language_model.layers[0].self_attn.q_proj.lora.dropout.p == 0.1
@@ -1600,7 +1585,7 @@ def test_we_load_an_adapter_with_the_names_of_older_transformers(tmp_path):
                    for k, t in tensors.items()}  # fmt: skip
     save_file(tensors, tmp_path / lora.WEIGHTS)
     other = tiny_llava()
-    lora.load(other, tmp_path, rename=to_transformers_name)
+    lora.load(other, tmp_path, rename=llava.transformers_name)
     assert torch.equal(logits(other), logits(model))
 
 
@@ -1635,7 +1620,7 @@ def test_the_fingerprint_survives_dtype_shards_and_spelling(tmp_path):
     old_llava_folder(tmp_path / "a", tmp_path / "c")
     base.float().save_pretrained(tmp_path / "d")
     folders = [lora.read_folder(tmp_path / name) for name in "abcd"]
-    prints = {lora.fingerprint(tensors, to_transformers_name) for tensors in folders}
+    prints = {lora.fingerprint(tensors, llava.transformers_name) for tensors in folders}
     assert len(list((tmp_path / "b").glob("*.safetensors"))) > 2
     assert prints == {lora.fingerprint(dict(base.named_parameters()))}
     base.model.language_model.layers[1].mlp.up_proj.weight.data *= 1.01
@@ -1667,7 +1652,7 @@ def test_merged_equals_adapted(kind, tmp_path):
     adapt(model)
     saved(model, adapter, base)
     before = lora.fingerprint(lora.read_folder(base))
-    lora.merge(base, adapter, out, to_transformers_name)
+    lora.merge(base, adapter, out, llava.transformers_name)
     assert {p.name for p in base.iterdir()} == {p.name for p in out.iterdir()}
     merged = LlavaForConditionalGeneration.from_pretrained(out)
     close(logits(merged), logits(model), 1e-5)
@@ -1682,10 +1667,10 @@ def test_merge_keeps_the_dtype(tmp_path):
     saved(model, tmp_path / "adapter", tmp_path / "base")
     adapter_tensors = load_file(tmp_path / "adapter" / lora.WEIGHTS)
     assert {t.dtype for t in adapter_tensors.values()} == {torch.float32}
-    lora.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", to_transformers_name)
+    lora.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", llava.transformers_name)
     a, b = (lora.read_folder(tmp_path / f) for f in ("base", "out"))
     assert a.keys() == b.keys() and {t.dtype for t in b.values()} == {torch.bfloat16}
-    changed = {to_transformers_name(k) for k in a if not torch.equal(a[k], b[k])}
+    changed = {llava.transformers_name(k) for k in a if not torch.equal(a[k], b[k])}
     assert len(changed) == 14 + 4  # blocks, projector
     assert all(re.match(BLOCKS, k) or k.startswith(PROJECTOR) for k in changed)
 
@@ -1697,13 +1682,13 @@ def test_merging_twice_or_into_another_base_is_refused(tmp_path):
     model = tiny_llava()
     adapt(model)
     saved(model, adapter, base)
-    lora.merge(base, adapter, out, to_transformers_name)
+    lora.merge(base, adapter, out, llava.transformers_name)
     for wrong in (out, other):
         with pytest.raises(ValueError, match="trained on other weights"):
-            lora.merge(wrong, adapter, tmp_path / "again", to_transformers_name)
+            lora.merge(wrong, adapter, tmp_path / "again", llava.transformers_name)
         with pytest.raises(ValueError, match="trained on other weights"):
-            lora.load(tiny_llava(), adapter, wrong, to_transformers_name)
-    lora.load(tiny_llava(), adapter, base, to_transformers_name)
+            lora.load(tiny_llava(), adapter, wrong, llava.transformers_name)
+    lora.load(tiny_llava(), adapter, base, llava.transformers_name)
     assert not (tmp_path / "again").exists()
 
 
@@ -1720,7 +1705,7 @@ def test_a_qlora_merges_exactly_into_the_dequantized_base_and_says_how_far_it_is
     assert json.loads((adapter / "adapter_config.json").read_text())["bits"] == 4
     for dequantize, tolerance in ((True, 1e-5), (False, 1e9)):
         out = tmp_path / f"out{dequantize}"
-        lora.merge(base, adapter, out, to_transformers_name, dequantize)
+        lora.merge(base, adapter, out, llava.transformers_name, dequantize)
         merged = LlavaForConditionalGeneration.from_pretrained(out)
         close(logits(merged), logits(model), tolerance)
     assert (logits(merged) - logits(model)).abs().max() > 1e-3
@@ -1730,7 +1715,7 @@ def test_a_qlora_merges_exactly_into_the_dequantized_base_and_says_how_far_it_is
     assert 0.01 < as_it_is < 0.2 and by_dequantizing < 1e-6
     reloaded = tiny_llava()
     quantize(reloaded)
-    lora.load(reloaded, adapter, base, to_transformers_name)
+    lora.load(reloaded, adapter, base, llava.transformers_name)
     assert torch.equal(logits(reloaded), logits(model))
 
 
@@ -1795,8 +1780,8 @@ def test_a_damaged_adapter_is_refused_in_one_line_and_nothing_is_written(message
     adapter = saved(model, tmp_path / "adapter", tmp_path / "base")
     DAMAGES[message](adapter)
     for use in (
-        lambda: lora.load(tiny_llava(), adapter, rename=to_transformers_name),
-        lambda: lora.merge(tmp_path / "base", adapter, tmp_path / "out", to_transformers_name),
+        lambda: lora.load(tiny_llava(), adapter, rename=llava.transformers_name),
+        lambda: lora.merge(tmp_path / "base", adapter, tmp_path / "out", llava.transformers_name),
     ):
         with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
             use()
@@ -1812,9 +1797,7 @@ def test_an_adapter_of_a_larger_model_names_the_first_key_and_both_shapes(tmp_pa
         lora.load(tiny_llava(), tmp_path)
 
 
-def test_the_merge_command(tmp_path, monkeypatch, capsys):
-    model_py = types.SimpleNamespace(to_transformers_name=to_transformers_name)
-    monkeypatch.setitem(sys.modules, "model", model_py)
+def test_the_merge_command(tmp_path, capsys):
     tiny_llava().save_pretrained(tmp_path / "base")
     model = tiny_llava()
     adapt(model)
@@ -2208,7 +2191,6 @@ def test_bad_flags_are_one_line_and_write_nothing(world, tmp_path, flags, says):
     flags["output_dir"] = {"HELD": tmp_path / "held2", "OTHER": tmp_path / "other", "SOURCE": world / "llava"}.get(
         flags.get("output_dir"), tmp_path / "new")
     before = sorted(world.rglob("*")), sorted(tmp_path.rglob("*"))
-    error = io.StringIO()
     try:
         status, _, text = run(world, **{"out": flags.pop("output_dir")}, **flags)
     except SystemExit as stop:
