@@ -21,7 +21,6 @@ Sources: LLaVA (arXiv:2304.08485), LLaVA-1.5 (arXiv:2310.03744), github.com/haot
 transformers' models/llava.
 """
 
-import argparse
 import copy
 import functools
 import json
@@ -719,7 +718,9 @@ def read_line(prompt: str) -> str:
 
 
 def parse(argv):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    from data import Parser
+
+    parser = Parser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("build", help="join a vision tower and a language model")
     add = command.add_argument

@@ -7,7 +7,6 @@ mistakes of earlier LLaVA trainers that a test guards against.
 """
 
 import contextlib
-import copy
 import functools
 import gc
 import io
@@ -2197,6 +2196,15 @@ def test_bad_flags_are_one_line_and_write_nothing(world, tmp_path, flags, says):
         status, text = stop.code, says
     assert status == 2 and says in text and text.count("\n") <= 1
     assert before == (sorted(world.rglob("*")), sorted(tmp_path.rglob("*")))
+
+
+def test_flags_of_llavas_scripts_are_taken_where_they_change_nothing(capsys):
+    argv = ["--model_name_or_path=x", "--data_path", "x", "--output_dir", "x", "--train_type", "full"]
+    same = ["--lazy_preprocess", "True", "--tf32", "--lora_enable=False", "--mm_vision_select_layer", "-2"]
+    assert vars(train.parse(argv + same)) == vars(train.parse(argv))
+    with pytest.raises(SystemExit) as stop:
+        train.parse([*argv, "--lora_enable", "True"])
+    assert stop.value.code == 2 and capsys.readouterr().err.endswith("--lora_enable True: use --train_type use_lora\n")
 
 
 def test_published_defaults():

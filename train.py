@@ -789,8 +789,42 @@ def boolean(text: str) -> bool:
     return text.lower() == "true"
 
 
+# Flags of LLaVA's own scripts: the value that holds here anyway, and what to use for another.
+LLAVA_FLAGS = {
+    "--lora_enable": ("False", "--train_type use_lora"),
+    "--tune_mm_mlp_adapter": ("False", "--train_type projector"),
+    "--freeze_backbone": ("False", "--train_type projector"),
+    "--pretrain_mm_mlp_adapter": (None, "the folder of stage 1 as --model_name_or_path"),
+    "--vision_tower": (None, "`python model.py build`, once"),
+    "--mm_projector_type": (None, "`python model.py build`, once"),
+    "--mm_vision_select_layer": ("-2", "vision_feature_layer in config.json"),
+    "--mm_use_im_start_end": ("False", "a template; pictures have no such tokens here"),
+    "--mm_use_im_patch_token": ("False", "a template; pictures have no such tokens here"),
+    "--lazy_preprocess": ("True", "nothing: rows are always prepared as they are needed"),
+    "--tf32": ("True", "nothing: torch's default holds"),
+    "--fp16": ("False", "--bf16"),
+}
+
+
+def without_llava_flags(argv: list[str], error) -> list[str]:
+    """The arguments less those of LLaVA's scripts that change nothing here; others are refused."""
+    words = [part for word in argv
+             for part in (word.split("=", 1) if word.startswith("--") else [word])]
+    kept = []
+    while words:
+        name = words.pop(0)
+        if name not in LLAVA_FLAGS:
+            kept.append(name)
+            continue
+        value = words.pop(0) if words and not words[0].startswith("--") else "True"
+        same, instead = LLAVA_FLAGS[name]
+        if value != same:
+            error(f"{name} {value}: use {instead}")
+    return kept
+
+
 def parse(argv) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = data.Parser(description=__doc__.splitlines()[0])
     add, flag = parser.add_argument, {"type": boolean, "nargs": "?", "const": True}
     # model and data
     add("--model_name_or_path", required=True, help="a LLaVA folder, or a hub id")
@@ -841,7 +875,8 @@ def parse(argv) -> argparse.Namespace:
     # many processes
     add("--deepspeed", help="ds_zero2.json or ds_zero3.json")
     add("--local_rank", type=int, default=-1, help="set by the deepspeed launcher")
-    args = parser.parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    args = parser.parse_args(without_llava_flags(argv, parser.error))
     for name in ("validation_data_path",) if args.eval_only else ("data_path", "output_dir",
                                                                   "train_type"):
         if getattr(args, name) is None:
