@@ -747,7 +747,9 @@ def toy_words(rows: int = 1000) -> list[str]:
 
 
 def toy(out: Path, scenes: int, seed: int):
-    """Writes the built-in data, three sets of `scenes` rows with held-out ones, beside `out`."""
+    """Writes the built-in data: three sets of rows, `scenes` in the largest, each with a held-out
+    one of 160.
+    """
     if out.exists():
         raise ValueError(f"--out {out}: exists already; name a new folder")
     part = out.with_name(out.name + ".part")
@@ -755,10 +757,11 @@ def toy(out: Path, scenes: int, seed: int):
     (part / "images").mkdir(parents=True)
     world = ToyWorld(part, seed)
     sets = {}
-    for name, make in (("reading", world.reading), ("captions", world.caption),
-                       ("train", world.instruction)):
-        sets[name] = [make() for _ in range(scenes)]
-        sets[f"{name}_validation"] = [make() for _ in range(max(160, scenes // 40))]
+    for name, make, count in (("reading", world.reading, -(-scenes // 2)),
+                              ("captions", world.caption, -(-scenes // 4)),
+                              ("train", world.instruction, scenes)):
+        sets[name] = [make() for _ in range(count)]
+        sets[f"{name}_validation"] = [make() for _ in range(160)]
     rows = sets["train_validation"]
     # The same questions with other rows' pictures: who still answers has not looked.
     counts = [len(image_list(row)) for row in rows]
@@ -836,7 +839,7 @@ def main(argv=None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("toy", help="write the built-in data")
     command.add_argument("--out", required=True, help="folder to write to")
-    command.add_argument("--scenes", type=int, default=4000, help="rows of each training set")
+    command.add_argument("--scenes", type=int, default=9600, help="rows of stage 2")
     command.add_argument("--seed", type=int, default=0)
     command = commands.add_parser("show", help="print a row as the model gets it")
     command.add_argument("--model_name_or_path", required=True, help="a LLaVA folder")

@@ -570,63 +570,84 @@ def write_processor(vision_folder: Path, vision_config, aspect_ratio: str, out: 
         "image_processor": pictures}, out / "processor_config.json")
 
 
-CHATML = ("{%- for message in messages -%}{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}"
+CHATML = ("{%- for message in messages -%}"
+          "{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}"
           "{%- endfor -%}{{ '<|im_start|>assistant\n' if add_generation_prompt else '' }}")
 
 
 def build_tiny(out: str | Path, words: list[str], seed: int = 0):
-    """A LLaVA of under a million parameters in the real on-disk format: CLIP's and Qwen2's architectures, 576 tokens.
-
-    It stands in for models that cannot be downloaded here. Real towers have learnt to see; this one is given edges,
-    colours and places to begin with: low frequencies as patch filters, sines as positions. `words` is a text from
-    which the tokenizer learns its vocabulary.
+    """A LLaVA of 360,000 parameters in the real on-disk format: CLIP's and Qwen2's architectures,
+    336 pixels, 576 tokens. It stands in for models that must be downloaded. `words` is a text from
+    which its tokenizer learns a vocabulary.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import CLIPVisionConfig, CLIPVisionModel, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+    from transformers import (CLIPVisionConfig, CLIPVisionModel, PreTrainedTokenizerFast,
+                              Qwen2Config, Qwen2ForCausalLM)
 
+    check_new(out)
     torch.manual_seed(seed)
-    Path(out).parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=Path(out).parent, prefix=".tiny-") as work:
+    with tempfile.TemporaryDirectory() as work:
         bpe = Tokenizer(models.BPE())
         bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         bpe.decoder = decoders.ByteLevel()
-        special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
         bpe.train_from_iterator(words, trainers.BpeTrainer(
-            vocab_size=768, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False))
-        tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+            vocab_size=512, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"], show_progress=False))
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>")
         tokenizer.chat_template = CHATML
         tokenizer.save_pretrained(f"{work}/text")
+        shape = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 3,
+                 "num_attention_heads": 2}
         Qwen2ForCausalLM(Qwen2Config(
-            vocab_size=bpe.get_vocab_size(), hidden_size=96, intermediate_size=256, num_hidden_layers=3,
-            num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=4096, tie_word_embeddings=True,
-            initializer_range=0.05)).save_pretrained(f"{work}/text")
-        tower = CLIPVisionModel(CLIPVisionConfig(
-            hidden_size=64, intermediate_size=192, num_hidden_layers=3, num_attention_heads=4, image_size=336,
-            patch_size=14))
-        see(getattr(tower, "vision_model", tower).embeddings)
+            **shape, num_key_value_heads=2, vocab_size=bpe.get_vocab_size(),
+            max_position_embeddings=4096, tie_word_embeddings=True, initializer_range=0.1,
+            rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+        )).save_pretrained(f"{work}/text")
+        tower = CLIPVisionModel(CLIPVisionConfig(**shape, image_size=336, patch_size=14))
+        give_sight(getattr(tower, "vision_model", tower))
         tower.save_pretrained(f"{work}/vision")
         build(f"{work}/vision", f"{work}/text", out)
 
 
 @torch.no_grad()
-def see(embeddings):
-    """Sets CLIP's patch filters to low cosine frequencies for each colour, and its positions to sines and cosines."""
-    filters, (width, side) = embeddings.patch_embedding.weight, (embeddings.embed_dim, embeddings.patch_size)
-    grid = (torch.arange(side) + 0.5) / side
-    order = sorted((i + j, i, j) for i in range(6) for j in range(6))[:width // 4]
-    for k, (_, i, j) in enumerate(order):
-        wave = torch.outer(torch.cos(torch.pi * i * grid), torch.cos(torch.pi * j * grid)) / side**2
-        for colour in range(3):
-            filters[3 * k + colour] = 0
-            filters[3 * k + colour, colour] = wave
-    positions, places = embeddings.position_embedding.weight, embeddings.image_size // side
-    place = torch.arange(places) / places
-    angles = torch.pi * torch.outer(place, 2.0 ** torch.arange(width // 16))  # (24, width / 16)
-    waves = torch.cat([angles.sin(), angles.cos()], dim=1)                    # (24, width / 8)
-    rows, columns = waves[:, None].expand(-1, places, -1), waves[None].expand(places, -1, -1)
-    positions[1:] = 0
-    positions[1:, -width // 4:] = torch.cat([rows, columns], dim=-1).flatten(0, 1)  # (576, width / 4)
+def give_sight(tower):
+    """Gives a fresh CLIP, by hand, a little of what a real one has learnt.
+
+    Patch filters are the mean of each colour and low cosine waves of brightness, positions are
+    sines and cosines. The first layer's MLP adds how strong each wave is, whatever its sign; the
+    second layer's attention adds the mean over patches that are not white, or have edges.
+    """
+    first, second, _ = tower.encoder.layers
+    table, conv = tower.embeddings.position_embedding.weight, tower.embeddings.patch_embedding
+    width, side = tower.embeddings.embed_dim, tower.embeddings.patch_size
+    # The norm behind the embeddings takes their scale away, but Adam's steps would soon wipe out
+    # small ones: hence the 50.
+    grid, count = (torch.arange(side) + 0.5) / side, width // 4
+    conv.weight.zero_()
+    conv.weight[range(3), range(3)] = 50 / side**2
+    order = sorted((i + j, i, j) for i in range(6) for j in range(6))[1:count]
+    for k, (_, *frequencies) in enumerate(order):
+        waves = [torch.cos(torch.pi * f * grid) for f in frequencies]
+        conv.weight[3 + k] = 50 / side**2 * torch.outer(*waves)
+    places = tower.embeddings.image_size // side
+    angles = torch.pi * torch.outer(torch.arange(places) / places, 2.0 ** torch.arange(width // 16))
+    waves = 50 * torch.cat([angles.sin(), angles.cos()], dim=1)  # (24, width / 8)
+    place = [waves[:, None].expand(-1, places, -1), waves[None].expand(places, -1, -1)]
+    table[1:] = 0
+    table[1:, -width // 4:] = torch.cat(place, dim=-1).flatten(0, 1)  # (576, width / 4)
+
+    eye, waves, strengths = torch.eye(width), slice(3, 2 + count), slice(20, 19 + count)
+    first.mlp.fc1.weight[:2 * count - 2] = 4 * torch.cat([eye[waves], -eye[waves]])
+    first.mlp.fc2.weight[:, :2 * count - 2] = eye[:, strengths].repeat(1, 2)
+    look = second.self_attn
+    for head, whiteness in enumerate([-0.4, -0.8]):  # the weaker one leaves room for amounts
+        one = head * look.head_dim  # its query is a constant, its key says how white a patch is
+        look.q_proj.weight[one], look.q_proj.bias[one] = 0, look.head_dim**0.5
+        look.k_proj.weight[one], look.k_proj.weight[one, :3] = 0, whiteness
+    look.k_proj.weight[0, strengths] = 0.8
+    look.v_proj.weight.copy_(eye)
+    look.out_proj.weight.copy_(eye)
 
 
 def reply(model: Llava, text, messages: list[dict], pixels: list, **options) -> str:

@@ -128,16 +128,20 @@ PY
 builtin() {
   local toy=$OUT/toy log=1
   [ -t 2 ] || log=50
-  common="--image_folder $toy/images --dataloader_num_workers 1 --logging_steps $log --eval_samples 16
-          --max_new_tokens 24 --save_steps 200 --save_total_limit 1"
+  local common="--image_folder $toy/images --dataloader_num_workers 1 --logging_steps $log
+    --eval_samples 16 --max_new_tokens 24 --save_steps 200 --save_total_limit 1"
   [ -d "$toy" ] || python data.py toy --out "$toy"
   [ -d "$OUT/model" ] || python model.py build --tiny --out "$OUT/model"
   train "$OUT/reading" --train_type freeze_vision --model_name_or_path "$OUT/model" \
-    --data_path "$toy/reading.json" --validation_data_path "$toy/reading_validation.json" $common
+    --data_path "$toy/reading.json" --validation_data_path "$toy/reading_validation.json" \
+    --per_device_train_batch_size 16 --learning_rate 3e-3 $common
   train "$OUT/stage1" --train_type projector --model_name_or_path "$OUT/reading/final" \
-    --data_path "$toy/captions.json" --validation_data_path "$toy/captions_validation.json" $common
+    --data_path "$toy/captions.json" --validation_data_path "$toy/captions_validation.json" \
+    --per_device_train_batch_size 8 --learning_rate 2e-3 $common
   train "$OUT/stage2" --train_type full --model_name_or_path "$OUT/stage1/final" \
-    --data_path "$toy/train.json" --validation_data_path "$toy/train_validation.json" $common
+    --data_path "$toy/train.json" --validation_data_path "$toy/train_validation.json" \
+    --per_device_train_batch_size 4 --learning_rate 2e-3 --mm_vision_tower_lr 5e-4 \
+    --group_by_modality_length $common
   for rows in train_validation train_shuffled; do
     [ -d "$OUT/$rows" ] || python train.py --eval_only --model_name_or_path "$OUT/stage2/final" \
       --validation_data_path "$toy/$rows.json" --image_folder "$toy/images" --eval_samples -1 \
