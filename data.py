@@ -591,21 +591,15 @@ def plan_epoch(lengths, has_picture, global_batch: int, seed: int, epoch: int, b
     return steps
 
 
-class WindowSampler:
-    """Yields this rank's micro-batches, `accumulation` of them a step, from `start_step` on.
+def micro_batches(steps: np.ndarray, accumulation: int, world: int, rank: int, start: int = 0):
+    """This rank's micro-batches, lists of rows, `accumulation` of them for each step from `start`.
 
-    Neighbours in length share a micro-batch, and ranks take neighbours: least padding and waiting.
+    Neighbours in length share a micro-batch, and ranks take neighbours: padding and waiting are
+    least.
     """
-
-    def __init__(self, steps: np.ndarray, accumulation: int, world: int, rank: int,
-                 start_step: int = 0):
-        self.rows = steps.reshape(len(steps), accumulation, world, -1)[start_step:, :, rank]
-
-    def __len__(self) -> int:
-        return self.rows.shape[0] * self.rows.shape[1]
-
-    def __iter__(self):
-        yield from (rows.tolist() for step in self.rows for rows in step)
+    micro = steps.shape[1] // (accumulation * world)
+    rows = steps[start:].reshape(-1, accumulation, world, micro)[:, :, rank]
+    return rows.reshape(-1, micro).tolist()
 
 
 # --- commands ---
@@ -830,6 +824,9 @@ def thumbnail(transform: PictureTransform, pixels: np.ndarray, width: int = 48) 
 
 
 class Parser(argparse.ArgumentParser):
+    def __init__(self, **options):
+        super().__init__(allow_abbrev=False, **options)
+
     def error(self, message: str):  # one line, without the usage
         self.exit(2, f"{self.prog}: {message}\n")
 

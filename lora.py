@@ -403,6 +403,9 @@ def merge(base, adapter, out, rename=str, dequantize=False):
     for file in base.iterdir():
         if file.is_file() and file.suffix not in (".safetensors", ".bin", ".pth", ".pt"):
             shutil.copy(file, partial)
+    template = Path(adapter) / "chat_template.jinja"
+    if template.is_file():  # the one that the adapter was trained with
+        shutil.copy(template, partial)
     os.rename(partial, out)
 
 
@@ -446,7 +449,7 @@ def main(argv=None):
     try:
         dequantize = args.dequantize == "True"
         merge(args.model_name_or_path, args.adapter, args.out, rename, dequantize)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"{args.out}: {args.model_name_or_path} with {args.adapter} merged into it")

@@ -366,10 +366,11 @@ def from_pretrained(folder: str | Path, dtype=None, device="cpu", quantize=None)
 
 
 def save_pretrained(model: Llava, out: Path, source: Path, chat_template: str | None = None,
-                    state: dict | None = None):
+                    state: dict | None = None, aspect_ratio: str | None = None):
     """Writes a new model folder: weights in the dtypes of the source, its tokenizer and processor.
 
-    `state` {name: tensor} takes precedence over the model's own (an optimizer's fp32 masters, say).
+    `state` {name: tensor} takes precedence over the model's own (an optimizer's fp32 masters, say),
+    `aspect_ratio` (pad, square) over how the source makes pictures square.
     The folder is written beside `out` and renamed, so it is there whole or not at all.
     """
     out = check_new(out)
@@ -388,6 +389,8 @@ def save_pretrained(model: Llava, out: Path, source: Path, chat_template: str | 
         copy_side_files(Path(source), part)
         if chat_template:
             write_template(chat_template, part)
+        if aspect_ratio:
+            write_aspect_ratio(aspect_ratio, part)
         part.rename(out)
     finally:
         shutil.rmtree(part, ignore_errors=True)  # not there any more if all went well
@@ -430,6 +433,21 @@ def write_template(chat_template: str, folder: Path):
     for path in (folder / "tokenizer_config.json", folder / "processor_config.json"):
         if path.is_file() and "chat_template" in (content := read_json(path)):
             del content["chat_template"]
+            write_json(content, path)
+
+
+PROCESSORS = {"pad": {"image_processor_type": "LlavaImageProcessor", "do_pad": True},
+              "square": {"image_processor_type": "CLIPImageProcessor"}}
+
+
+def write_aspect_ratio(aspect_ratio: str, folder: Path):
+    """Has the processor files say how pictures become square."""
+    for path in (folder / "preprocessor_config.json", folder / "processor_config.json"):
+        content = read_json(path) if path.is_file() else {}
+        pictures = content.get("image_processor", content)
+        if "image_mean" in pictures:
+            pictures.pop("do_pad", None)
+            pictures.update(PROCESSORS[aspect_ratio])
             write_json(content, path)
 
 
@@ -554,10 +572,9 @@ def write_processor(vision_folder: Path, vision_config, aspect_ratio: str, out: 
     """The files from which transformers' AutoProcessor prepares pictures just as data.py does."""
     size, found = vision_config.image_size, vision_folder / "preprocessor_config.json"
     given = read_json(found) if found.is_file() else {}
-    kind = {"pad": {"image_processor_type": "LlavaImageProcessor", "do_pad": True},
-            "square": {"image_processor_type": "CLIPImageProcessor"}}[aspect_ratio]
     pictures = {
-        **kind, "do_convert_rgb": True, "do_resize": True, "size": {"shortest_edge": size},
+        **PROCESSORS[aspect_ratio], "do_convert_rgb": True, "do_resize": True,
+        "size": {"shortest_edge": size},
         "resample": 3, "do_center_crop": True, "crop_size": {"height": size, "width": size},
         "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
         "image_mean": given.get("image_mean", [0.48145466, 0.4578275, 0.40821073]),  # CLIP's

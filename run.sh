@@ -36,7 +36,7 @@ TEXT
 # An environment that has the packages is used as it is; else .venv is made, once for each requirements.txt.
 setup() {
   local extra=("$@")
-  if ! python3 -c "import torch, transformers, bitsandbytes, deepspeed, PIL, numpy ${extra:+, pytest, hypothesis}" 2>/dev/null; then
+  if ! python3 -c "import torch, transformers, bitsandbytes, deepspeed, PIL, numpy${extra:+, pytest, hypothesis, peft}" 2>/dev/null; then
     if [ ! -x .venv/bin/python ]; then python3 -m venv .venv; fi
     if ! printf '%s\n' "$(cat requirements.txt)" "${extra[@]}" | cmp -s - ".venv/installed${extra:+-test}"; then
       echo "installing into .venv ..." >&2
@@ -126,10 +126,12 @@ PY
 # The language model is born today and must learn to read before it can be shown pictures, so a stage
 # stands in front: rows without pictures, scenes in words. README.md says what is real and what is not.
 builtin() {
+  launch=(python train.py)
   local toy=$OUT/toy log=1
   [ -t 2 ] || log=50
   local common="--image_folder $toy/images --dataloader_num_workers 1 --logging_steps $log
-    --eval_samples 16 --max_new_tokens 24 --save_steps 200 --save_total_limit 1"
+    --eval_samples 16 --max_new_tokens 24 --save_steps 200 --save_total_limit 1
+    --gradient_checkpointing False"
   [ -d "$toy" ] || python data.py toy --out "$toy"
   [ -d "$OUT/model" ] || python model.py build --tiny --out "$OUT/model"
   train "$OUT/reading" --train_type freeze_vision --model_name_or_path "$OUT/model" \
@@ -161,7 +163,7 @@ case "${1:-recipe}" in
     python -m pytest -q -p no:cacheprovider -o markers=long -m "$marks" test_smoke.py "$@" ;;
   recipe)
     setup
-    choose_launch
-    if [ -n "${MODEL:-}${VISION_TOWER:-}" ]; then real; else builtin; fi ;;
+    if [ -n "${MODEL:-}${VISION_TOWER:-}${LANGUAGE_MODEL:-}${PRETRAIN_DATA:-}${FINETUNE_DATA:-}" ]
+    then choose_launch; real; else builtin; fi ;;
   *) help >&2; exit 2 ;;
 esac

@@ -662,8 +662,8 @@ def test_every_split_takes_the_same_rows_in_each_step():
     steps = data.plan_epoch(np.arange(100), np.ones(100, bool), 12, 0, 0, False)
     for world, accumulation in ((1, 1), (1, 12), (2, 3), (4, 1), (3, 4)):
         for start in (0, 3):
-            ranks = [list(data.WindowSampler(steps, accumulation, world, rank, start)) for rank in range(world)]
-            assert {len(batches) for batches in ranks} == {len(data.WindowSampler(steps, accumulation, world, 0, start))}
+            ranks = [list(data.micro_batches(steps, accumulation, world, rank, start)) for rank in range(world)]
+            assert {len(batches) for batches in ranks} == {len(data.micro_batches(steps, accumulation, world, 0, start))}
             for k, step in enumerate(steps[start:]):
                 windows = [batches[k * accumulation:(k + 1) * accumulation] for batches in ranks]
                 assert sorted(i for window in windows for rows in window for i in rows) == sorted(step.tolist())
@@ -1942,7 +1942,7 @@ def test_any_split_of_a_window_gives_the_same_gradients(world):
             model.language_model.gradient_checkpointing_enable({"use_reentrant": False})
         collate = data.Collator(model.config.image_token_id, model.tokens_per_picture)
         batches = [collate([rows[i] for i in batch]) for rank in range(world_size)
-                   for batch in data.WindowSampler(steps, accumulation, world_size, rank)]
+                   for batch in data.micro_batches(steps, accumulation, world_size, rank)]
         tokens = sum((b["labels"] >= 0).sum() for b in batches)
         for b in reversed(batches) if reverse else batches:
             (model(b["input_ids"], b["pixel_values"], b["labels"])[0] / tokens).backward()
@@ -2129,6 +2129,29 @@ def test_two_processes_under_zero_equal_one(world, tmp_path, stage):
     assert sorted(predictions[0]) == sorted(predictions[1])
 
 
+def test_an_aspect_ratio_that_was_trained_with_is_saved(world, tmp_path):
+    """What transformers' processor does with the saved folder is what training did."""
+    assert run(world, tmp_path / "a", image_aspect_ratio="square", max_steps=1)[0] == 0
+    image = Image.open(world / "images" / "3.png")
+    pixels = AutoProcessor.from_pretrained(tmp_path / "a" / "final").image_processor(image)["pixel_values"][0]
+    for ratio, same in (("square", True), ("pad", False)):
+        ours = PictureTransform.from_pretrained(world / "llava", ratio)(image)
+        assert (np.abs(ours - pixels).max() < 1e-5) == same
+    assert PictureTransform.from_pretrained(tmp_path / "a" / "final").aspect_ratio == "square"
+
+
+def test_two_stages_follow_each_other(world, tmp_path):
+    """Stage 1 leaves the folder's template alone; stage 2 saves the one that it trains with, and chat uses it (trap 38)."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert run(world, one, train_type="projector", data_path=world / "captions.json", max_steps=2)[0] == 0
+    template = lambda folder: (folder / "chat_template.jinja").read_text()  # noqa: E731
+    assert template(one / "final") == template(world / "llava")
+    assert run(world, two, model_name_or_path=one / "final", version="v1", max_steps=2)[0] == 0
+    assert "ASSISTANT" in template(two / "final") and "ASSISTANT" not in template(one / "final")
+    text = ChatText(AutoTokenizer.from_pretrained(two / "final"))
+    assert "USER: hi ASSISTANT:" in text.render([{"role": "user", "content": "hi"}], prompt=True)
+
+
 def test_text_only_rows_train_and_evaluate(world, tmp_path):
     rows = [r for r in json.loads((world / "rows.json").read_text()) if not r["image"]]
     (tmp_path / "text.json").write_text(json.dumps(rows))
@@ -2175,6 +2198,10 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_its_records(world, tm
     (dict(output_dir="OTHER"), "no run"),
     (dict(output_dir="SOURCE"), "the model comes from there"),
     (dict(deepspeed="no.json"), "no.json"),
+    (dict(resume_from_checkpoint="nowhere"), "no run there"),
+    (dict(eval_only=True, validation_data_path="rows.json", output_dir="OTHER"), "no run"),
+    (dict(per_device_train_batch_size=0), "less than 1"),
+    (dict(train_type="use_lora", image_aspect_ratio="square"), "no place for another"),
     (dict(model_max_length=8), "model_max_length"),
     (dict(data_path=None), "--data_path is needed"),
 ])
@@ -2200,7 +2227,7 @@ def test_bad_flags_are_one_line_and_write_nothing(world, tmp_path, flags, says):
 
 def test_flags_of_llavas_scripts_are_taken_where_they_change_nothing(capsys):
     argv = ["--model_name_or_path=x", "--data_path", "x", "--output_dir", "x", "--train_type", "full"]
-    same = ["--lazy_preprocess", "True", "--tf32", "--lora_enable=False", "--mm_vision_select_layer", "-2"]
+    same = ["--lazy_preprocess", "True", "--lora_enable=False", "--mm_vision_select_layer", "-2"]
     assert vars(train.parse(argv + same)) == vars(train.parse(argv))
     with pytest.raises(SystemExit) as stop:
         train.parse([*argv, "--lora_enable", "True"])
@@ -2214,6 +2241,10 @@ def test_published_defaults():
     args = of("projector", "--local_rank=3")  # trap 41: the launcher's flag
     assert (args.learning_rate, args.version, args.warmup_ratio, args.weight_decay) == (1e-3, "plain", 0.03, 0)
     assert (args.lr_scheduler_type, args.model_max_length, args.max_grad_norm) == ("cosine", 2048, 1.0)
+    assert args.per_device_train_batch_size == 32 and not args.gradient_checkpointing
+    args = of("use_lora")
+    assert (args.learning_rate, args.mm_projector_lr, args.lora_r, args.lora_alpha) == (2e-4, 2e-5, 128, 256)
+    assert args.per_device_train_batch_size == 16 and args.gradient_checkpointing
     args = of("freeze_vision", "--mm_projector_lr", "1e-4", "--bf16")
     assert (args.learning_rate, args.mm_projector_lr, args.mm_vision_tower_lr, args.bf16) == (2e-5, 1e-4, 2e-5, True)
 
@@ -2239,7 +2270,7 @@ def test_flops_are_those_of_the_closed_form(world):
     decoder = 2 * T * L * (2 * D * D + 2 * D * D // 2 + 3 * D * F)  # two of four heads are key-value heads
     tower = 2 * N * P * (2 * (4 * D * D + 2 * D * F) + 3 * 14 * 14 * D)
     attention = 4 * N * P * P * D * 2, 2 * 2 * 30 * 30 * D * L
-    projector, head = 2 * N * P * 2 * D * D, 2 * 20 * D * V
+    projector, head = 2 * N * 4 * 2 * D * D, 2 * 20 * D * V
     for p in model.parameters():
         p.requires_grad_(False)
     forward = tower + projector + decoder + head + sum(attention)
@@ -2257,8 +2288,10 @@ def test_a_trained_adapter_is_the_same_model_in_peft_and_merged(world, tmp_path,
     assert status == 0 and "2 x language_model.model.layers.*.self_attn.q_proj" in output, error
     adapter = tmp_path / "a" / "final"
     assert (tmp_path / "a" / "checkpoint-2" / "adapter_model.safetensors").is_file()
+    (adapter / "chat_template.jinja").write_text(llava.CHATML + "{# trained #}")
     merge = ["merge", "--model_name_or_path", str(world / "llava"), "--adapter", str(adapter), "--out", str(tmp_path / "m")]
     assert lora.main(merge + ["--dequantize"] * (bits == 4)) == 0
+    assert (tmp_path / "m" / "chat_template.jinja").read_text().endswith("{# trained #}")
     rows = data.open_dataset(world / "rows.json", world / "images", world / "llava")
     merged = LlavaForConditionalGeneration.from_pretrained(tmp_path / "m", dtype=torch.float32).eval()
     b = data.Collator(merged.config.image_token_id, 4)([rows[i] for i in range(12)])

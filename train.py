@@ -47,12 +47,13 @@ import data
 import lora
 import model as llava
 
-# The modules that train whole, and LLaVA-1.5's published learning rate and template.
+# The modules that train whole, and the recipe of LLaVA-1.5: learning rate, rows of a micro-batch,
+# template. Its global batch is 256 rows in stage 1 and 128 in stage 2, on eight GPUs.
 TRAIN_TYPES = {
-    "projector": (["multi_modal_projector"], 1e-3, "plain"),
-    "freeze_vision": (["multi_modal_projector", "language_model"], 2e-5, "own"),
-    "full": (["vision_tower", "multi_modal_projector", "language_model"], 2e-5, "own"),
-    "use_lora": (["multi_modal_projector"], 2e-4, "own"),
+    "projector": (["multi_modal_projector"], 1e-3, 32, "plain"),
+    "freeze_vision": (["multi_modal_projector", "language_model"], 2e-5, 16, "own"),
+    "full": (["vision_tower", "multi_modal_projector", "language_model"], 2e-5, 16, "own"),
+    "use_lora": (["multi_modal_projector"], 2e-4, 16, "own"),
 }
 LORA_PROJECTOR_LR = 2e-5  # published too: the projector has learnt already, the adapters have not
 
@@ -65,7 +66,15 @@ def load_model(args, source: Path, device: str):
     dtype, storage = torch.bfloat16 if args.bf16 else torch.float32, torch.uint8
     if args.deepspeed and deepspeed_config(args)["zero_optimization"]["stage"] == 3:
         storage = dtype  # ZeRO-3 cannot share out bytes
+    if args.deepspeed and args.bits == 16:
+        device = "cpu"  # mapped from the file, until DeepSpeed takes this rank's share of it
     model = llava.open_model(source, args.adapter, args.bits, dtype, device, storage)
+    if args.train_type == "use_lora":
+        lora.weight_files(source)  # an adapter remembers its base by these: fail now, not at a save
+        own = data.PictureTransform.from_pretrained(source).aspect_ratio
+        if args.image_aspect_ratio not in (None, own):
+            raise ValueError(f"--image_aspect_ratio {args.image_aspect_ratio}: {source} has {own}, "
+                             "and an adapter has no place for another")
     if args.train_type == "use_lora" and not args.adapter:
         print(lora.fold(lora.inject(model, args.lora_target_modules, args.lora_r, args.lora_alpha,
                                     args.lora_dropout, args.use_rslora)))
@@ -89,7 +98,7 @@ def save_result(model, args, text, state: dict, out: Path, source: Path):
         llava.replace_folder(part, out)
     else:  # `plain` is for training only: it leaves the folder's template as it is
         template = None if args.version == "plain" else text.tokenizer.chat_template
-        llava.save_pretrained(model, out, source, template, state)
+        llava.save_pretrained(model, out, source, template, state, args.image_aspect_ratio)
 
 
 def schedule(step: int, total_steps: int, warmup_steps: int, kind: str) -> float:
@@ -141,7 +150,7 @@ class Plain(Alone):
     """Does in plain torch what DeepSpeed does: fp32 gradients and masters behind bf16 weights."""
 
     def __init__(self, model, args):
-        self.model, self.max_grad_norm = model, args.max_grad_norm
+        self.model, self.max_grad_norm = model, args.max_grad_norm or math.inf  # 0: no clipping
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.masters = {name: p if p.dtype == torch.float32 else p.detach().float()
                         for name, p in self.trained.items()}
@@ -166,11 +175,12 @@ class Plain(Alone):
     def step(self, factor: float) -> float:
         """One update at `factor` times the learning rates; the gradient's norm before clipping."""
         set_learning_rates(self.optimizer, factor)
-        norm = torch.nn.utils.clip_grad_norm_(self.masters.values(), self.max_grad_norm)
-        self.optimizer.step()
+        norm = torch.nn.utils.clip_grad_norm_(self.masters.values(), self.max_grad_norm).item()
+        if math.isfinite(norm):
+            self.optimizer.step()
+            self._publish()
         self.optimizer.zero_grad()
-        self._publish()
-        return norm.item()
+        return norm
 
     @torch.no_grad()
     def _publish(self):
@@ -178,7 +188,7 @@ class Plain(Alone):
             if p is not self.masters[name]:
                 p.copy_(self.masters[name])
 
-    def state(self) -> dict:
+    def state(self, frozen: bool = True) -> dict:
         """{name: fp32 tensor} of all that trains."""
         return {name: master.detach() for name, master in self.masters.items()}
 
@@ -234,16 +244,19 @@ class ZeRO:
         self.engine.step()
         return float(self.engine.get_global_grad_norm())
 
-    def state(self) -> dict:
-        """As Plain's, gathered weight by weight onto rank 0, with the frozen ones of stage 3."""
+    def state(self, frozen: bool = True) -> dict:
+        """As Plain's, gathered weight by weight, whole on rank 0 and empty elsewhere; with the
+        `frozen` ones where stage 3 has shared these out too.
+        """
         state = {}
         for name, p in self.model.named_parameters():
             if p.requires_grad:
-                weight = self.deepspeed.utils.safe_get_full_fp32_param(p)
-                state |= {name: weight.to("cpu", copy=True)} if self.rank == 0 else {}
-            elif hasattr(p, "ds_id"):
+                state[name] = self.deepspeed.utils.safe_get_full_fp32_param(p).cpu()
+            elif frozen and hasattr(p, "ds_id"):
                 with self.deepspeed.zero.GatheredParameters([p]):
-                    state |= {name: p.detach().to("cpu", copy=True)} if self.rank == 0 else {}
+                    state[name] = p.detach().to("cpu", copy=True)
+            if self.rank > 0:
+                state.clear()
         return state
 
     def save(self, folder: Path):
@@ -256,7 +269,9 @@ class ZeRO:
 
 def deepspeed_config(args) -> dict:
     """The file of --deepspeed and, from the flags, what it must leave to them."""
-    config = json.loads(Path(args.deepspeed).read_text())
+    config = llava.read_json(Path(args.deepspeed))
+    if config.get("zero_optimization", {}).get("stage") not in (2, 3):
+        raise ValueError(f"--deepspeed {args.deepspeed}: zero_optimization needs a stage, 2 or 3")
     flags = {"train_micro_batch_size_per_gpu": args.per_device_train_batch_size,
              "gradient_accumulation_steps": args.gradient_accumulation_steps,
              "gradient_clipping": args.max_grad_norm}
@@ -313,8 +328,8 @@ def eval_batches(dataset, engine, args, collate, device):
     """This rank's batches; rows of weight 0 fill up, so that all ranks have equally many."""
     share = args.per_device_eval_batch_size * engine.world
     rows = np.pad(np.arange(len(dataset)), (0, -len(dataset) % share), constant_values=-1)
-    sampler = data.WindowSampler(rows.reshape(-1, share), 1, engine.world, engine.rank)
-    return loader(dataset, sampler, collate, args, device)
+    batches = data.micro_batches(rows.reshape(-1, share), 1, engine.world, engine.rank)
+    return loader(dataset, batches, collate, args, device)
 
 
 @torch.no_grad()
@@ -377,6 +392,11 @@ def checkpoints(out: Path) -> list[Path]:
     return sorted(out.glob("checkpoint-*[0-9]"), key=lambda path: int(path.name.split("-")[1]))
 
 
+def check_empty(out: Path):
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"--output_dir {out}: not empty, and no run; name a new folder")
+
+
 def open_run(args) -> tuple[str, Path | None]:
     """The id of the run in `output_dir`, and the checkpoint to go on from, if any.
 
@@ -386,8 +406,10 @@ def open_run(args) -> tuple[str, Path | None]:
     if out.resolve() == Path(args.model_name_or_path).resolve():
         raise ValueError(f"--output_dir {out}: the model comes from there; name a new folder")
     if not (out / "run.json").is_file():
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise ValueError(f"--output_dir {out}: not empty, and no run; name a new folder")
+        check_empty(out)
+        if args.resume_from_checkpoint not in (None, "latest"):
+            raise ValueError(f"--output_dir {out}: no run there that could go on from "
+                             f"{args.resume_from_checkpoint}")
         return secrets.token_hex(8), None
     if args.resume_from_checkpoint is None:
         raise ValueError(f"--output_dir {out} holds a run: go on with --resume_from_checkpoint "
@@ -518,7 +540,7 @@ def count_flops(model, batch: dict) -> int:
     parts = [  # module, tokens, operations of attention's two products (half of them if causal)
         (model.vision_tower, pictures * patches,
          4 * pictures * patches**2 * tower.hidden_size * tower.num_hidden_layers),
-        (model.multi_modal_projector, pictures * patches, 0),
+        (model.multi_modal_projector, pictures * model.tokens_per_picture, 0),
         (model.language_model.base_model, rows * width,
          2 * rows * width**2 * decoder.hidden_size * decoder.num_hidden_layers),
         (model.language_model.get_output_embeddings(), supervised, 0)]
@@ -536,7 +558,7 @@ def count_flops(model, batch: dict) -> int:
 def matmul_rate(device: str, dtype) -> float:
     """The device's best rate in products of square matrices, in FLOP/s: what MFU is a share of."""
     n, seconds = 4096 if device == "cuda" else 512, []
-    a = torch.ones(n, n, device=device, dtype=dtype)  # not random: a run that goes on must repeat
+    a = torch.ones(n, n, device=device, dtype=dtype)  # drawing would shift dropout's numbers
     for _ in range(5):
         began = time.perf_counter()
         (a @ a).sum().item()
@@ -610,12 +632,12 @@ def to_device(batch: dict, device) -> tuple:
                  for key in ("input_ids", "pixel_values", "labels"))
 
 
-def loader(dataset, sampler, collate, args, device) -> DataLoader:
+def loader(dataset, batches: list, collate, args, device) -> DataLoader:
     """Batches, prepared by worker processes; forked ones share the rows with this one."""
     workers = args.dataloader_num_workers
-    return DataLoader(dataset, batch_sampler=sampler, collate_fn=collate, num_workers=workers,
+    return DataLoader(dataset, batch_sampler=batches, collate_fn=collate, num_workers=workers,
                       multiprocessing_context="fork" if workers else None,
-                      generator=torch.Generator(),  # else it draws from the one of dropout
+                      generator=torch.Generator(),  # the default would draw from dropout's
                       pin_memory=device == "cuda")
 
 
@@ -625,8 +647,16 @@ def take_faults(batches: list[dict], args) -> int:
     if faults and args.on_bad_record == "stop":
         raise ValueError(f"{faults[0]} (--on_bad_record skip goes on without such rows)")
     for fault in faults:
-        tqdm.write(f"skipped: {fault}")
+        tqdm.write(f"skipped: {fault}", file=sys.stderr)  # from any rank
     return len(faults)
+
+
+def check_finite(what: str, value: float, progress: dict, window: list[dict], rows):
+    """Stops the run, before anything is saved, and names the records of the window."""
+    if not math.isfinite(value):
+        found = [rows.where(i) for batch in window for i in batch["rows"] if i >= 0]
+        raise ValueError(f"step {progress['step'] + 1}: the {what} is {value}; its records: "
+                         f"{'; '.join(found)}. The last checkpoint stays")
 
 
 def training_mode(model):
@@ -637,10 +667,13 @@ def training_mode(model):
 
 def train(args, stop: StopRequest) -> int:
     torch.manual_seed(args.seed)
+    torch.backends.cuda.matmul.allow_tf32 = args.tf32
     device = "cuda" if torch.cuda.is_available() else "cpu"
     source = llava.resolve(args.model_name_or_path)
-    run_id, checkpoint = (None, None) if args.eval_only else open_run(args)
     out = Path(args.output_dir or os.devnull)
+    if args.eval_only and args.output_dir:
+        check_empty(out)
+    run_id, checkpoint = (None, None) if args.eval_only else open_run(args)
     if not args.eval_only and (out / "final").is_dir():
         print(f"{out}: this run is complete")
         return 0
@@ -654,6 +687,7 @@ def train(args, stop: StopRequest) -> int:
     for rows in filter(None, (train_set, eval_set)):  # a look before anything is written
         take_faults([{"faults": list(filter(None, [rows[0]["fault"]]))}], args)
     model = load_model(args, source, device)
+    torch.manual_seed(args.seed + int(os.environ["RANK"]))  # each rank drops out differently
     collate = data.Collator(model.config.image_token_id, model.tokens_per_picture)
     if args.eval_only:
         metrics, answers = evaluate(model, eval_set, Alone(), collate, args, device)
@@ -687,60 +721,63 @@ def train(args, stop: StopRequest) -> int:
     if checkpoint:
         progress = load_checkpoint(engine, checkpoint, run_id)
         print(f"going on from {checkpoint}")
-    if engine.rank == 0:
+    if engine.rank == 0 and not (out / "run.json").exists():
         out.mkdir(parents=True, exist_ok=True)
-        (out / "run.json").write_text(json.dumps({"id": run_id, "args": vars(args)}, indent=2))
+        llava.write_json({"id": run_id, "args": vars(args)}, out / "run.json")
     stop.watch(out)
-    log = Log(out, progress["step"], engine.rank)
+    log = Log(out, progress["step"] if checkpoint else -1, engine.rank)
     bar = Progress(total_steps, progress["step"], engine.rank)
     rate = matmul_rate(device, next(model.parameters()).dtype)
     first_window, stopping = FirstWindow(model), False
+    training_mode(model)
 
     def validate():
         metrics, answers = evaluate(model, eval_set, engine, collate, args, device)
         log.write("metrics.jsonl", {"step": progress["step"], **metrics})
         log.write("predictions.jsonl", *({"step": progress["step"], **a} for a in answers))
         report(progress["step"], metrics, answers)
+        training_mode(model)
 
     def add_adapter(folder):
-        state = engine.state()  # on every rank: it gathers
-        if args.train_type == "use_lora" and engine.rank == 0:
-            save_adapter(model, text, state, folder, source)
+        if args.train_type == "use_lora":
+            state = engine.state(frozen=False)  # on every rank: it gathers
+            if engine.rank == 0:
+                save_adapter(model, text, state, folder, source)
 
-    if eval_set and progress["step"] == 0:
+    if eval_set and not checkpoint:
         validate()
     while progress["step"] < total_steps and not stopping:
         epoch, start = divmod(progress["step"], steps_per_epoch)
-        sampler = data.WindowSampler(
-            steps_of(epoch), accumulation, engine.world, engine.rank, start)
-        batches = iter(loader(train_set, sampler, collate, args, device))
+        batches = iter(loader(
+            train_set, data.micro_batches(
+                steps_of(epoch), accumulation, engine.world, engine.rank, start),
+            collate, args, device))
         for _ in range(min(steps_per_epoch - start, total_steps - progress["step"])):
             # The whole window is fetched first: its loss is divided by all its supervised tokens.
             began = time.perf_counter()
             window = [next(batches) for _ in range(accumulation)]
             waited = time.perf_counter() - began
-            progress["skipped"] += take_faults(window, args)
-            progress["cut"] += sum(batch["cut"] for batch in window)
-            supervised, tokens, slots, count, stopping = engine.all_reduce(
+            supervised, tokens, padded_tokens, count, skipped, cut, stopping = engine.all_reduce(
                 sum((batch["labels"] >= 0).sum().item() for batch in window),
                 sum(sum(batch["lengths"]) for batch in window),
                 sum(batch["labels"].numel() for batch in window),
-                sum(row >= 0 for batch in window for row in batch["rows"]), stop.requested())
+                sum(row >= 0 for batch in window for row in batch["rows"]),
+                take_faults(window, args), sum(batch["cut"] for batch in window), stop.requested())
+            progress["skipped"] += int(skipped)
+            progress["cut"] += int(cut)
 
-            training_mode(model)
             sums = torch.zeros(2, dtype=torch.float64, device=device)  # loss, tokens right
             for i, batch in enumerate(window):
                 loss, right = engine.forward(*to_device(batch, device))
                 engine.backward(loss * engine.world / max(supervised, 1), i == accumulation - 1)
                 sums += torch.stack([loss.detach(), right])
             loss, right = (x / max(supervised, 1) for x in engine.all_reduce(*sums.tolist()))
-            if not math.isfinite(loss):
-                found = [rows.where(i) for batch in window for i in batch["rows"] if i >= 0]
-                raise ValueError(f"step {progress['step'] + 1}: the loss is {loss}; its records: "
-                                 f"{'; '.join(found)}. The last checkpoint stays")
-            first_window = first_window and first_window.check()
+            check_finite("loss", loss, progress, window, rows)
+            if first_window:
+                first_window = first_window.check()  # None: once is enough
             factor = schedule(progress["step"], total_steps, warmup_steps, args.lr_scheduler_type)
             grad_norm = engine.step(factor)
+            check_finite("norm of the gradient", grad_norm, progress, window, rows)
             progress["step"] += 1
 
             step, seconds = progress["step"], time.perf_counter() - began
@@ -751,7 +788,7 @@ def train(args, stop: StopRequest) -> int:
                 "token_accuracy": right, "lr": args.learning_rate * factor,
                 "grad_norm": grad_norm, "tokens_per_s": tokens / seconds,
                 "samples_per_s": count / seconds, "supervised": supervised / tokens,
-                "padded": 1 - tokens / slots, "waiting": waited / seconds,
+                "padded": 1 - tokens / padded_tokens, "waiting": waited / seconds,
                 "mfu": flops / seconds / rate, "peak_gib": peak_gib(device)}
             to_log = step % args.logging_steps == 0 or step == total_steps
             bar.show(metrics, to_log)
@@ -783,6 +820,12 @@ def train(args, stop: StopRequest) -> int:
 # --- commands ---
 
 
+def positive(text: str) -> int:
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is less than 1")
+    return int(text)
+
+
 def boolean(text: str) -> bool:
     if text.lower() not in ("true", "false"):
         raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
@@ -801,26 +844,8 @@ LLAVA_FLAGS = {
     "--mm_use_im_start_end": ("False", "a template; pictures have no such tokens here"),
     "--mm_use_im_patch_token": ("False", "a template; pictures have no such tokens here"),
     "--lazy_preprocess": ("True", "nothing: rows are always prepared as they are needed"),
-    "--tf32": ("True", "nothing: torch's default holds"),
     "--fp16": ("False", "--bf16"),
 }
-
-
-def without_llava_flags(argv: list[str], error) -> list[str]:
-    """The arguments less those of LLaVA's scripts that change nothing here; others are refused."""
-    words = [part for word in argv
-             for part in (word.split("=", 1) if word.startswith("--") else [word])]
-    kept = []
-    while words:
-        name = words.pop(0)
-        if name not in LLAVA_FLAGS:
-            kept.append(name)
-            continue
-        value = words.pop(0) if words and not words[0].startswith("--") else "True"
-        same, instead = LLAVA_FLAGS[name]
-        if value != same:
-            error(f"{name} {value}: use {instead}")
-    return kept
 
 
 def parse(argv) -> argparse.Namespace:
@@ -847,8 +872,8 @@ def parse(argv) -> argparse.Namespace:
     add("--use_rslora", **flag, default=False, help="alpha / sqrt(r) instead of alpha / r")
     add("--num_train_epochs", type=float, default=1.0, help="passes over the rows")
     add("--max_steps", type=int, default=-1, help="optimizer steps; -1: as the epochs say")
-    add("--per_device_train_batch_size", type=int, default=16, help="rows of a micro-batch")
-    add("--gradient_accumulation_steps", type=int, default=1, help="micro-batches of a step")
+    add("--per_device_train_batch_size", type=positive, help="rows of a micro-batch")
+    add("--gradient_accumulation_steps", type=positive, default=1, help="micro-batches of a step")
     add("--learning_rate", type=float, help="default: LLaVA-1.5's for the train type")
     add("--mm_projector_lr", type=float, help="the projector's own learning rate")
     add("--mm_vision_tower_lr", type=float, help="the tower's own learning rate")
@@ -857,26 +882,31 @@ def parse(argv) -> argparse.Namespace:
     add("--weight_decay", type=float, default=0.0, help="AdamW's, on matrices only")
     add("--max_grad_norm", type=float, default=1.0, help="larger gradients are scaled down to it")
     add("--bf16", **flag, default=torch.cuda.is_available(), help="default: where there is a GPU")
-    add("--gradient_checkpointing", **flag, default=False, help="less memory for more time")
+    add("--tf32", **flag, default=False, help="fp32 products of matrices in TensorFloat-32")
+    add("--gradient_checkpointing", **flag, help="less memory, more time; default: not in stage 1")
     add("--group_by_modality_length", **flag, default=False, help="like rows share a step")
     add("--seed", type=int, default=42, help="of order and dropout")
     add("--dataloader_num_workers", type=int, default=min(4, len(os.sched_getaffinity(0))),
         help="processes that prepare batches")
     # evaluation, saving, logging
     add("--eval_only", **flag, default=False, help="evaluate, and train nothing")
-    add("--per_device_eval_batch_size", type=int, default=16, help="rows of an evaluation batch")
+    add("--per_device_eval_batch_size", type=positive, default=16, help="rows of a batch")
     add("--eval_steps", type=int, default=-1, help="steps between evaluations; -1: every epoch")
     add("--eval_samples", type=int, default=32, help="rows whose questions are asked; -1: all")
     add("--max_new_tokens", type=int, default=64, help="tokens of an answer")
     add("--save_steps", type=int, default=500, help="steps between checkpoints; -1: none")
     add("--save_total_limit", type=int, default=2, help="checkpoints kept; -1: all")
     add("--resume_from_checkpoint", nargs="?", const="latest", help="a checkpoint, or latest")
-    add("--logging_steps", type=int, default=1, help="steps between lines of metrics.jsonl")
+    add("--logging_steps", type=positive, default=1, help="steps between lines of metrics.jsonl")
     # many processes
     add("--deepspeed", help="ds_zero2.json or ds_zero3.json")
     add("--local_rank", type=int, default=-1, help="set by the deepspeed launcher")
-    argv = sys.argv[1:] if argv is None else argv
-    args = parser.parse_args(without_llava_flags(argv, parser.error))
+    for name, (same, _) in LLAVA_FLAGS.items():
+        add(name, nargs="?", const="True", default=same, help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    for name, (same, instead) in LLAVA_FLAGS.items():
+        if (value := vars(args).pop(name.removeprefix("--"))) != same:
+            parser.error(f"{name} {value}: use {instead}")
     for name in ("validation_data_path",) if args.eval_only else ("data_path", "output_dir",
                                                                   "train_type"):
         if getattr(args, name) is None:
@@ -884,14 +914,17 @@ def parse(argv) -> argparse.Namespace:
     if (args.bits == 4 or args.adapter) and args.train_type not in (None, "use_lora"):
         parser.error(f"--train_type {args.train_type} trains the base: --bits 4 and --adapter are "
                      "for use_lora")
-    _, rate, version = TRAIN_TYPES[args.train_type or "use_lora"]
-    args.version = args.version or version
-    args.learning_rate = rate if args.learning_rate is None else args.learning_rate
-    if args.mm_projector_lr is None:
-        lora_run = args.train_type == "use_lora"
-        args.mm_projector_lr = LORA_PROJECTOR_LR if lora_run else args.learning_rate
-    if args.mm_vision_tower_lr is None:
-        args.mm_vision_tower_lr = args.learning_rate
+    if args.eval_only and args.deepspeed:
+        parser.error("--eval_only is for one process: leave --deepspeed out")
+    _, rate, micro, version = TRAIN_TYPES[args.train_type or "freeze_vision"]
+    given = args.learning_rate if args.learning_rate is not None else rate
+    for name, default in (
+        ("version", version), ("learning_rate", rate), ("per_device_train_batch_size", micro),
+        ("mm_projector_lr", LORA_PROJECTOR_LR if args.train_type == "use_lora" else given),
+        ("mm_vision_tower_lr", given), ("gradient_checkpointing", args.train_type != "projector"),
+    ):
+        if getattr(args, name) is None:
+            setattr(args, name, default)
     return args
 
 
@@ -920,7 +953,7 @@ def main(argv=None) -> int:
         with StopRequest() as stop, open(os.devnull, "w") as quiet:
             with contextlib.redirect_stdout(sys.stdout if os.environ["RANK"] == "0" else quiet):
                 return train(args, stop)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
     finally:
