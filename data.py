@@ -612,8 +612,7 @@ SHAPES = {  # corners, for a radius of 1
     "circle": [],
     "square": [(-0.86, -0.86), (0.86, -0.86), (0.86, 0.86), (-0.86, 0.86)],
     "triangle": [(0, -1), (0.95, 0.8), (-0.95, 0.8)],
-    "cross": [(-0.32, -1), (0.32, -1), (0.32, -0.32), (1, -0.32), (1, 0.32), (0.32, 0.32),
-              (0.32, 1), (-0.32, 1), (-0.32, 0.32), (-1, 0.32), (-1, -0.32), (-0.32, -0.32)],
+    "diamond": [(0, -1.2), (1.2, 0), (0, 1.2), (-1.2, 0)],
 }
 NUMBERS = ["one", "two", "three", "four"]
 POSITIONS = ["top left", "top right", "bottom left", "bottom right"]
@@ -645,7 +644,7 @@ class ToyWorld:
         return {kind: self.rng.choice(answers) for kind, answers in choices.items()}
 
     def words(self, scene: dict) -> str:
-        ending = "" if scene["number"] == "one" else "es" if scene["shape"] == "cross" else "s"
+        ending = "" if scene["number"] == "one" else "s"
         return "{number} {size} {colour} {shape}{ending} in the {position}".format(
             ending=ending, **scene)
 
