@@ -612,7 +612,8 @@ SHAPES = {  # corners, for a radius of 1
     "circle": [],
     "square": [(-0.86, -0.86), (0.86, -0.86), (0.86, 0.86), (-0.86, 0.86)],
     "triangle": [(0, -1), (0.95, 0.8), (-0.95, 0.8)],
-    "diamond": [(0, -1.2), (1.2, 0), (0, 1.2), (-1.2, 0)],
+    "cross": [(-0.32, -1), (0.32, -1), (0.32, -0.32), (1, -0.32), (1, 0.32), (0.32, 0.32),
+              (0.32, 1), (-0.32, 1), (-0.32, 0.32), (-1, 0.32), (-1, -0.32), (-0.32, -0.32)],
 }
 NUMBERS = ["one", "two", "three", "four"]
 POSITIONS = ["top left", "top right", "bottom left", "bottom right"]
@@ -644,7 +645,7 @@ class ToyWorld:
         return {kind: self.rng.choice(answers) for kind, answers in choices.items()}
 
     def words(self, scene: dict) -> str:
-        ending = "" if scene["number"] == "one" else "s"
+        ending = "" if scene["number"] == "one" else "es" if scene["shape"] == "cross" else "s"
         return "{number} {size} {colour} {shape}{ending} in the {position}".format(
             ending=ending, **scene)
 
@@ -835,7 +836,7 @@ def main(argv=None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("toy", help="write the built-in data")
     command.add_argument("--out", required=True, help="folder to write to")
-    command.add_argument("--scenes", type=int, default=8000, help="rows of stage 2")
+    command.add_argument("--scenes", type=int, default=9600, help="rows of stage 2")
     command.add_argument("--seed", type=int, default=0)
     command = commands.add_parser("show", help="print a row as the model gets it")
     command.add_argument("--model_name_or_path", required=True, help="a LLaVA folder")

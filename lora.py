@@ -285,10 +285,15 @@ def read_adapter(folder, shapes, base, rename):
         config = json.loads((folder / CONFIG).read_text())
     except json.JSONDecodeError as error:
         raise ValueError(f"{folder / CONFIG} is not JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{folder / CONFIG} is not a JSON object")
     for key, values in PLAIN.items():
         if config.get(key) not in values:
             raise ValueError(f"{folder / CONFIG}: {key} {config.get(key)} is not offered")
-    config = DEFAULTS | config
+    config = DEFAULTS | {key: value for key, value in config.items() if value is not None}
+    for key in ("r", "lora_alpha", "lora_dropout"):
+        if not isinstance(config[key], (int, float)):
+            raise ValueError(f"{folder / CONFIG}: {key} {config[key]!r} is not a number")
     config["modules_to_save"] = whole_paths(config["modules_to_save"] or [], shapes)
     tensors = read_tensors(folder / WEIGHTS)
     tensors = {rename(key.removeprefix(PREFIX)): tensor for key, tensor in tensors.items()}
@@ -406,6 +411,7 @@ def merge(base, adapter, out, rename=str, dequantize=False):
     template = Path(adapter) / "chat_template.jinja"
     if template.is_file():  # the one that the adapter was trained with
         shutil.copy(template, partial)
+        (partial / "chat_template.json").unlink(missing_ok=True)  # an older folder's
     os.rename(partial, out)
 
 

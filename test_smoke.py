@@ -13,6 +13,7 @@ import io
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import struct
@@ -30,17 +31,44 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings, strategies as st
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tokenizers import (AddedToken, Regex, Tokenizer, decoders, models, normalizers,
-                        pre_tokenizers, processors, trainers)
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers import (
-    AutoModel, AutoModelForCausalLM, AutoProcessor, AutoTokenizer, CLIPConfig, CLIPImageProcessor,
-    CLIPModel, CLIPVisionConfig, CLIPVisionModel, CohereConfig, Gemma2Config, GraniteConfig,
-    LlamaConfig, LlamaTokenizer, LlavaConfig, LlavaForConditionalGeneration, PhiConfig,
-    PreTrainedTokenizerFast, Qwen2Config, SiglipVisionConfig, get_cosine_schedule_with_warmup,
-    get_linear_schedule_with_warmup)
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoProcessor,
+    AutoTokenizer,
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    CohereConfig,
+    Gemma2Config,
+    GraniteConfig,
+    LlamaConfig,
+    LlamaTokenizer,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PhiConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    SiglipVisionConfig,
+    get_cosine_schedule_with_warmup,
+    get_linear_schedule_with_warmup,
+)
 
 import data
 import lora
@@ -56,23 +84,46 @@ HERE = Path(train.__file__).parent
 
 # --- tokenizers, made here ---
 
-TEXT = ["A chat between a curious user and an assistant. USER: ASSISTANT: What is it? A frog. On a leaf.",
-        "system\nuser\nassistant\n\nYou are a helpful assistant. Answer the questions. 12 30 the lion and a cat "] * 4
-QWEN_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
-              r"\s*[\r\n]+|\s+(?!\S)|\s+")
+TEXT = [
+    "A chat between a curious user and an assistant. USER: ASSISTANT: What is it? A frog. On a leaf.",
+    "system\nuser\nassistant\n\nYou are a helpful assistant. Answer the questions. 12 30 the lion and a cat ",
+] * 4
+QWEN_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
+    r"\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 def byte_level(pad="<|endoftext|>", rstrip=False):
     """Like Qwen's: bytes, no start token."""
     bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(QWEN_SPLIT), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)])
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(QWEN_SPLIT), "isolated"),
+            pre_tokenizers.ByteLevel(False, use_regex=False),
+        ]
+    )
     bpe.decoder = decoders.ByteLevel()
-    bpe.train_from_iterator(TEXT, trainers.BpeTrainer(
-        vocab_size=600, show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    bpe.add_special_tokens(["<|endoftext|>", "<|im_start|>", AddedToken("<|im_end|>", rstrip=rstrip, normalized=False),
-                            "<s>", "<<s>>"])
-    return with_image(PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>", pad_token=pad))
+    bpe.train_from_iterator(
+        TEXT,
+        trainers.BpeTrainer(
+            vocab_size=600,
+            show_progress=False,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        ),
+    )
+    bpe.add_special_tokens(
+        [
+            "<|endoftext|>",
+            "<|im_start|>",
+            AddedToken("<|im_end|>", rstrip=rstrip, normalized=False),
+            "<s>",
+            "<<s>>",
+        ]
+    )
+    return with_image(
+        PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>", pad_token=pad)
+    )
 
 
 def sentencepiece(pad, legacy):
@@ -82,18 +133,40 @@ def sentencepiece(pad, legacy):
     trained.train_from_iterator(TEXT, trainers.BpeTrainer(vocab_size=300, show_progress=False))
     saved = json.loads(trained.to_str())["model"]
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), *saved["vocab"]]
-    bpe = Tokenizer(models.BPE({p: i for i, p in enumerate(pieces)}, [tuple(m) for m in saved["merges"]],
-                               unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    bpe = Tokenizer(
+        models.BPE(
+            {p: i for i, p in enumerate(pieces)},
+            [tuple(m) for m in saved["merges"]],
+            unk_token="<unk>",
+            fuse_unk=True,
+            byte_fallback=True,
+        )
+    )
     if legacy:  # ▁ in front of every stretch between special tokens
-        bpe.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    else:       # ▁ in front of the text only
+        bpe.normalizer = normalizers.Sequence(
+            [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+        )
+    else:  # ▁ in front of the text only
         bpe.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
-    bpe.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
-                                     decoders.Strip(" ", 1, 0)])
+    bpe.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
     bpe.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
     bpe.add_special_tokens(["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"])
-    return with_image(PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>",
-                                              unk_token="<unk>", pad_token=pad))
+    return with_image(
+        PreTrainedTokenizerFast(
+            tokenizer_object=bpe,
+            bos_token="<s>",
+            eos_token="</s>",
+            unk_token="<unk>",
+            pad_token=pad,
+        )
+    )
 
 
 def with_image(tokenizer):
@@ -119,9 +192,9 @@ def tokenizer(request):
 
 SYSTEMS = {
     "v1": "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
-          "detailed, and polite answers to the user's questions.",
+    "detailed, and polite answers to the user's questions.",
     "llava_llama_2": "You are a helpful language and vision assistant. You are able to understand the visual content "
-                     "that the user provides, and assist the user with a variety of tasks using natural language.",
+    "that the user provides, and assist the user with a variety of tasks using natural language.",
     "chatml_direct": "Answer the questions.",
     "qwen": "You are a helpful assistant.",
 }
@@ -129,25 +202,42 @@ SYSTEMS = {
 FORMATS = {
     "v1": ("{bos}{system} ", "USER: {q} ASSISTANT:", " {a}{eos}", ""),
     "llava_llama_2": ("", "{bos}[INST] {system}{q} [/INST]", " {a} {eos}", ""),
-    "chatml_direct": ("{bos}<|im_start|>system\n{system}<|im_end|>",
-                      "<|im_start|>user\n{q}<|im_end|><|im_start|>assistant\n", "{a}<|im_end|>", ""),
-    "qwen": ("<|im_start|>system\n{system}<|im_end|>\n",
-             "<|im_start|>user\n{q}<|im_end|>\n<|im_start|>assistant\n", "{a}<|im_end|>", "\n"),
+    "chatml_direct": (
+        "{bos}<|im_start|>system\n{system}<|im_end|>",
+        "<|im_start|>user\n{q}<|im_end|><|im_start|>assistant\n",
+        "{a}<|im_end|>",
+        "",
+    ),
+    "qwen": (
+        "<|im_start|>system\n{system}<|im_end|>\n",
+        "<|im_start|>user\n{q}<|im_end|>\n<|im_start|>assistant\n",
+        "{a}<|im_end|>",
+        "\n",
+    ),
 }
-QWEN = ("{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
-        "{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}{% endif %}"
-        "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
-CHATML = "{% for message in messages %}" + QWEN[QWEN.index("{{'<|im_start|>'"):]
-NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + CHATML
-DROPS_SYSTEM = CHATML.replace("%}{{'", "%}{% if message.role != 'system' %}{{'", 1).replace("{% endfor", "{% endif %}{% endfor")
+QWEN = (
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}{% endif %}"
+    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+CHATML = "{% for message in messages %}" + QWEN[QWEN.index("{{'<|im_start|>'") :]
+NO_SYSTEM = (
+    "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    + CHATML
+)
+DROPS_SYSTEM = CHATML.replace("%}{{'", "%}{% if message.role != 'system' %}{{'", 1).replace(
+    "{% endfor", "{% endif %}{% endfor"
+)
 WITH_BOS = "{{ bos_token }}" + CHATML
 PARTS = CHATML.replace("message['content']", "message['content'][0]['text']")
 NO_PREFIX = CHATML.replace("assistant\n", "assistant\n<think>")
-LLAVA_HF = ("{% for message in messages %}{{ message['role'].upper() + ': ' }}"
-            "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}"
-            "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}{{ content['text'] + ' ' }}"
-            "{% endfor %}{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}")
+LLAVA_HF = (
+    "{% for message in messages %}{{ message['role'].upper() + ': ' }}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}{{ content['text'] + ' ' }}"
+    "{% endfor %}{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
 
 
 def chat_text(tokenizer, version):
@@ -172,7 +262,9 @@ def render(version, tokenizer, turns, system=None):
 
 
 def messages_of(turns, system=None):
-    messages = [{"role": r, "content": t} for turn in turns for r, t in zip(("user", "assistant"), turn)]
+    messages = [
+        {"role": r, "content": t} for turn in turns for r, t in zip(("user", "assistant"), turn)
+    ]
     return ([{"role": "system", "content": system}] if system is not None else []) + messages
 
 
@@ -184,7 +276,9 @@ def plain_ids(tokenizer, text):
 
 
 def decode(tokenizer, ids):
-    lead = tokenizer("a", add_special_tokens=False).input_ids  # its decoder drops the text's first space
+    lead = tokenizer(
+        "a", add_special_tokens=False
+    ).input_ids  # its decoder drops the text's first space
     return tokenizer.decode(lead + ids, clean_up_tokenization_spaces=False).removeprefix("a")
 
 
@@ -199,12 +293,18 @@ def supervised(text, messages):
     return [decode(text.tokenizer, span) for span in spans if span]
 
 
-TURNS = [(f"{IMAGE}\nWhat is it?", "A frog."), ("Where?", "On a leaf, at 12:30."), ("Sure?", "Yes\n\n1. I am")]
+TURNS = [
+    (f"{IMAGE}\nWhat is it?", "A frog."),
+    ("Where?", "On a leaf, at 12:30."),
+    ("Sure?", "Yes\n\n1. I am"),
+]
 
 
 @pytest.mark.parametrize("version", FORMATS)
 @pytest.mark.parametrize("system", [None, "Be short.", ""])
-def test_ids_are_the_tokenizers_own_and_labels_the_answers(tokenizer, version, system):  # traps 4, 6, 7, 8, 30, 42, 44, 46
+def test_ids_are_the_tokenizers_own_and_labels_the_answers(
+    tokenizer, version, system
+):  # traps 4, 6, 7, 8, 30, 42, 44, 46
     text = chat_text(tokenizer, version)
     for n in (1, 2, 3):
         prompts, answers = render(version, tokenizer, TURNS[:n], system)
@@ -213,13 +313,20 @@ def test_ids_are_the_tokenizers_own_and_labels_the_answers(tokenizer, version, s
         assert text.render(messages) == whole
         ids, labels = text.ids_and_labels(messages)
         assert ids == plain_ids(tokenizer, whole)
-        if tokenizer.bos_token and version != "llava_llama_2":  # that one has a start token in each turn
+        if (
+            tokenizer.bos_token and version != "llava_llama_2"
+        ):  # that one has a start token in each turn
             assert ids.count(tokenizer.bos_token_id) == 1 and ids[0] == tokenizer.bos_token_id
         assert supervised(text, messages) == answers
-        for k in range(n):  # what is asked at inference is what was trained on, and what anyone else feeds
-            asked = messages[:len(messages) - 2 * (n - k) + 1]
+        for k in range(
+            n
+        ):  # what is asked at inference is what was trained on, and what anyone else feeds
+            asked = messages[: len(messages) - 2 * (n - k) + 1]
             prompt = text.ids_and_labels(asked, prompt=True)[0]
-            assert prompt == ids[:len(prompt)] and labels[len(prompt)] != IGNORE == labels[len(prompt) - 1]
+            assert (
+                prompt == ids[: len(prompt)]
+                and labels[len(prompt)] != IGNORE == labels[len(prompt) - 1]
+            )
             theirs = tokenizer.apply_chat_template(asked, add_generation_prompt=True).input_ids
             assert prompt in (theirs, text.bos + theirs)
 
@@ -228,39 +335,68 @@ def test_plain_is_picture_and_caption_without_end_token(tokenizer):  # trap 37
     text = ChatText(tokenizer, "plain")
     ids, labels = text.ids_and_labels(messages_of(TURNS[:1]))
     assert ids == tokenizer(f"{IMAGE}A frog.\n").input_ids and tokenizer.eos_token_id not in ids
-    assert [a.lstrip(" ") for a in supervised(text, messages_of(TURNS[:1]))] == ["A frog.\n"]  # legacy: a space in front
+    assert [a.lstrip(" ") for a in supervised(text, messages_of(TURNS[:1]))] == [
+        "A frog.\n"
+    ]  # legacy: a space in front
     assert text.tokenizer.chat_template is None and ids[-1] in text.stop_ids
-    for wrong in (messages_of(TURNS[:2]), messages_of(TURNS[1:2]), messages_of(TURNS[:1], "Be short.")):
+    for wrong in (
+        messages_of(TURNS[:2]),
+        messages_of(TURNS[1:2]),
+        messages_of(TURNS[:1], "Be short."),
+    ):
         with pytest.raises(ValueError, match="--version plain takes one human and one gpt turn"):
             text.ids_and_labels(wrong)
 
 
-@pytest.mark.parametrize("template", [
-    QWEN, CHATML, NO_SYSTEM, DROPS_SYSTEM, WITH_BOS, PARTS, {"default": CHATML, "tool_use": "{{ 1 }}"}, *SYSTEMS])
+@pytest.mark.parametrize(
+    "template",
+    [
+        QWEN,
+        CHATML,
+        NO_SYSTEM,
+        DROPS_SYSTEM,
+        WITH_BOS,
+        PARTS,
+        {"default": CHATML, "tool_use": "{{ 1 }}"},
+        *SYSTEMS,
+    ],
+)
 def test_saved_template_takes_strings_and_parts_with_equal_ids(template, tmp_path):
     tokenizer = sentencepiece("<unk>", legacy=False)
     text = chat_text(tokenizer, template)
     question = [{"type": "image"}, {"type": "text", "text": "What is it?"}]
     for content in (TURNS[0][0], question):
-        theirs = tokenizer.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        theirs = tokenizer.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True
+        )
         ours = text.ids_and_labels(messages_of(TURNS)[:1], prompt=True)[0]
         assert ours in (theirs.input_ids, text.bos + theirs.input_ids)
         assert ours.count(1) == 1 == ours.count(text.image_token_id)
     once = tokenizer.chat_template
-    assert ChatText(tokenizer).tokenizer.chat_template == once  # a folder that we wrote is taken as it is
+    assert (
+        ChatText(tokenizer).tokenizer.chat_template == once
+    )  # a folder that we wrote is taken as it is
     answers = [a for _, a in TURNS]
-    assert [s.strip().removesuffix("</s>").removesuffix("<|im_end|>").strip()
-            for s in supervised(text, messages_of(TURNS))] == answers
+    assert [
+        s.strip().removesuffix("</s>").removesuffix("<|im_end|>").strip()
+        for s in supervised(text, messages_of(TURNS))
+    ] == answers
 
 
-@pytest.mark.parametrize("template, error", [
-    (LLAVA_HF, "puts no end token behind an answer.* --version v1"),
-    (NO_PREFIX, "generation prompt does not begin .* --version v1"),
-    (None, "no chat template: .* --version v1"),
-    ("{{ messages[0].content.nothing.at_all }}", "the chat template refuses"),
-    ("{% for m in messages %}{{ m.role + ': ' + m.content }}{{ '</s>' if loop.last and m.role != 'user' else '\n' }}{% endfor %}"
-     "{{ 'assistant: ' if add_generation_prompt else '' }}", "puts no end token"),
-])
+@pytest.mark.parametrize(
+    "template, error",
+    [
+        (LLAVA_HF, "puts no end token behind an answer.* --version v1"),
+        (NO_PREFIX, "generation prompt does not begin .* --version v1"),
+        (None, "no chat template: .* --version v1"),
+        ("{{ messages[0].content.nothing.at_all }}", "the chat template refuses"),
+        (
+            "{% for m in messages %}{{ m.role + ': ' + m.content }}{{ '</s>' if loop.last and m.role != 'user' else '\n' }}{% endfor %}"
+            "{{ 'assistant: ' if add_generation_prompt else '' }}",
+            "puts no end token",
+        ),
+    ],
+)
 def test_template_that_cannot_teach_is_refused_in_one_line(template, error):
     tokenizer = sentencepiece("<unk>", legacy=True)
     with pytest.raises(ValueError, match=error) as refused:
@@ -269,8 +405,10 @@ def test_template_that_cannot_teach_is_refused_in_one_line(template, error):
 
 
 def test_system_turn_that_a_template_refuses_or_drops_is_one_clear_line():  # trap 47
-    for template, error in ((NO_SYSTEM, "refuses this conversation: System role not supported"),
-                            (DROPS_SYSTEM, "drops the system turn")):
+    for template, error in (
+        (NO_SYSTEM, "refuses this conversation: System role not supported"),
+        (DROPS_SYSTEM, "drops the system turn"),
+    ):
         text = chat_text(byte_level(), template)
         assert supervised(text, messages_of(TURNS)) == [a + "<|im_end|>" for _, a in TURNS]
         with pytest.raises(ValueError, match=error):
@@ -278,10 +416,16 @@ def test_system_turn_that_a_template_refuses_or_drops_is_one_clear_line():  # tr
 
 
 def test_thinking_block_that_a_template_adds_belongs_to_the_answer():
-    template = CHATML.replace("message['content']", "('<think></think>' if loop.last and message.role == 'assistant' "
-                              "else '') + message['content']")
+    template = CHATML.replace(
+        "message['content']",
+        "('<think></think>' if loop.last and message.role == 'assistant' "
+        "else '') + message['content']",
+    )
     text = chat_text(byte_level(), template)
-    assert supervised(text, messages_of(TURNS[:2])) == ["A frog.<|im_end|>", "<think></think>On a leaf, at 12:30.<|im_end|>"]
+    assert supervised(text, messages_of(TURNS[:2])) == [
+        "A frog.<|im_end|>",
+        "<think></think>On a leaf, at 12:30.<|im_end|>",
+    ]
 
 
 def test_chatml_on_a_tokenizer_without_its_tokens_and_a_tokenizer_without_image_are_refused():  # trap 12
@@ -295,9 +439,31 @@ def test_chatml_on_a_tokenizer_without_its_tokens_and_a_tokenizer_without_image_
         ChatText(bare, "v7")
 
 
-ODD = ["ASSISTANT: ", "\nA frog.", "\n\n", "", "   ", " a", "a ", "</s>", "<|im_end|>", f"{IMAGE} is text here", "<unk>", "<s>",
-       "[INST] x [/INST]", "USER: x ASSISTANT: y</s>USER:", "<|im_start|>user\nhi<|im_end|>\n", "naïve 数字 🙂", "<<s>>",
-       "<|endoftext|>", "</s", "/s>", "<0x0A>", "<ima" + IMAGE + "ge>", "\ta\r\n"]
+ODD = [
+    "ASSISTANT: ",
+    "\nA frog.",
+    "\n\n",
+    "",
+    "   ",
+    " a",
+    "a ",
+    "</s>",
+    "<|im_end|>",
+    f"{IMAGE} is text here",
+    "<unk>",
+    "<s>",
+    "[INST] x [/INST]",
+    "USER: x ASSISTANT: y</s>USER:",
+    "<|im_start|>user\nhi<|im_end|>\n",
+    "naïve 数字 🙂",
+    "<<s>>",
+    "<|endoftext|>",
+    "</s",
+    "/s>",
+    "<0x0A>",
+    "<ima" + IMAGE + "ge>",
+    "\ta\r\n",
+]
 
 
 @pytest.mark.parametrize("version", FORMATS)
@@ -311,18 +477,29 @@ def test_odd_answers_and_control_strings_are_taught_as_text(tokenizer, version):
         assert supervised(text, messages_of(turns)) == render(version, tokenizer, turns)[1], odd
         assert Counter(i for i in ids if i in control) == normal, odd
         prompt = text.ids_and_labels(messages_of(turns)[:3], prompt=True)[0]
-        assert prompt == ids[:len(prompt)], odd
+        assert prompt == ids[: len(prompt)], odd
 
 
-texts = st.lists(st.one_of(st.sampled_from(["frog", " ", "\n", "  ", ".", "USER:", "<|im_start|>", *ODD]),
-                           st.text(st.characters(exclude_categories=["Cs"], exclude_characters="▁\U0010FFFF"), max_size=4)),
-                 max_size=5).map("".join)
+texts = st.lists(
+    st.one_of(
+        st.sampled_from(["frog", " ", "\n", "  ", ".", "USER:", "<|im_start|>", *ODD]),
+        st.text(
+            st.characters(exclude_categories=["Cs"], exclude_characters="▁\U0010ffff"), max_size=4
+        ),
+    ),
+    max_size=5,
+).map("".join)
 made = {}
 
 
-@settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-@given(st.sampled_from(list(TOKENIZERS)), st.sampled_from(list(FORMATS)),
-       st.lists(st.tuples(texts, texts), min_size=1, max_size=3))
+@settings(
+    max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
+)
+@given(
+    st.sampled_from(list(TOKENIZERS)),
+    st.sampled_from(list(FORMATS)),
+    st.lists(st.tuples(texts, texts), min_size=1, max_size=3),
+)
 def test_any_conversation_teaches_its_answers_and_nothing_else(name, version, turns):
     key = (name, version)
     text = made[key] = made.get(key) or chat_text(TOKENIZERS[name](), version)
@@ -331,16 +508,21 @@ def test_any_conversation_teaches_its_answers_and_nothing_else(name, version, tu
     assert supervised(text, messages) == render(version, text.tokenizer, turns)[1]
     assert ids.count(text.image_token_id) == sum(q.count(IMAGE) for q, _ in turns)
     prompt = text.ids_and_labels(messages[:-1], prompt=True)[0]
-    assert prompt == ids[:len(prompt)]
+    assert prompt == ids[: len(prompt)]
 
 
 def test_text_that_cannot_be_encoded_is_one_clear_error():
     bare = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1, "a": 2}, unk_token="<unk>"))
     bare.pre_tokenizer = pre_tokenizers.Whitespace()
-    text = ChatText(with_image(PreTrainedTokenizerFast(tokenizer_object=bare, eos_token="</s>", unk_token="<unk>")), "v1")
+    text = ChatText(
+        with_image(
+            PreTrainedTokenizerFast(tokenizer_object=bare, eos_token="</s>", unk_token="<unk>")
+        ),
+        "v1",
+    )
     with pytest.raises(ValueError, match="cannot encode a control string"):
         text.ids_and_labels(messages_of([("a", "b </s>")]))
-    for text_of_no_character in ("\ud800", "\U0010FFFF"):
+    for text_of_no_character in ("\ud800", "\U0010ffff"):
         with pytest.raises(ValueError, match="no character"):
             chat_text(byte_level(), QWEN).ids_and_labels(messages_of([("a", text_of_no_character)]))
 
@@ -355,25 +537,44 @@ def tiny(tmp_path_factory):
 
 def test_processor_of_a_folder_gives_the_same_ids_and_pixels(tiny, tmp_path):  # trap 43
     noise(400, 300).save(tmp_path / "a.png")
-    parts = [{"type": "image", "path": str(tmp_path / "a.png")}, {"type": "text", "text": "What is it?"}]
+    parts = [
+        {"type": "image", "path": str(tmp_path / "a.png")},
+        {"type": "text", "text": "What is it?"},
+    ]
     theirs = AutoProcessor.from_pretrained(tiny).apply_chat_template(
-        [{"role": "user", "content": parts}], tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True)
+        [{"role": "user", "content": parts}],
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        add_generation_prompt=True,
+    )
     rows = write(tmp_path / "a.json", json.dumps([row([TURNS[0][0], "A frog."], image="a.png")]))
     dataset = data.open_dataset(rows, tmp_path, tiny)
     ours = data.Collator(dataset.image_token_id, 576)([dataset[0]])
     prompt = theirs["input_ids"].shape[1]
-    assert ours["input_ids"][:, :prompt].equal(theirs["input_ids"]) and (ours["labels"][0, :prompt] == IGNORE).all()
-    assert (ours["pixel_values"] - theirs["pixel_values"]).abs().max() < 1e-5 and ours["labels"][0, prompt] != IGNORE
+    assert (
+        ours["input_ids"][:, :prompt].equal(theirs["input_ids"])
+        and (ours["labels"][0, :prompt] == IGNORE).all()
+    )
+    assert (ours["pixel_values"] - theirs["pixel_values"]).abs().max() < 1e-5 and ours["labels"][
+        0, prompt
+    ] != IGNORE
 
 
 def test_tokenizer_that_would_change_when_saved_is_refused(tmp_path):  # traps 12, 45
     for name, make in TOKENIZERS.items():
         tokenizer = make()
         tokenizer.save_pretrained(tmp_path / name)
-        saved, image_token_id = llava.add_image_token(tmp_path / name, tmp_path / f"{name} with image")
+        saved, image_token_id = llava.add_image_token(
+            tmp_path / name, tmp_path / f"{name} with image"
+        )
         for text in ("A frog. </s>USER: x\n\ny", f"{IMAGE}\nWhat <|im_end|>\n is  it?"):
             assert saved(text).input_ids == tokenizer(text).input_ids
-        assert saved.convert_tokens_to_ids(IMAGE) == image_token_id == tokenizer.convert_tokens_to_ids(IMAGE)
+        assert (
+            saved.convert_tokens_to_ids(IMAGE)
+            == image_token_id
+            == tokenizer.convert_tokens_to_ids(IMAGE)
+        )
 
 
 # --- pictures ---
@@ -400,16 +601,22 @@ SIZES = [(336, 336), (640, 480), (333, 1000), (1001, 337), (1, 1), (2, 7), (335,
 KINDS = ["L", "LA", "RGBA", "P", "1", "CMYK", "I;16"]
 
 
-@pytest.mark.parametrize("size, kind", [*((size, "RGB") for size in SIZES), *(((300, 200), kind) for kind in KINDS)])
+@pytest.mark.parametrize(
+    "size, kind", [*((size, "RGB") for size in SIZES), *(((300, 200), kind) for kind in KINDS)]
+)
 @pytest.mark.parametrize("aspect", ["pad", "square"])
 def test_pixels_equal_transformers(tiny, size, kind, aspect):
     processor = AutoProcessor.from_pretrained(tiny).image_processor
     assert processor.do_pad
     if aspect == "square":
-        processor = CLIPImageProcessor(size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336})
+        processor = CLIPImageProcessor(
+            size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336}
+        )
     file = encoded(noise(*size, kind), "TIFF" if kind == "CMYK" else "PNG")
     ours = data.PictureTransform(336, MEAN, STD, aspect)(data.decode_picture(file))
-    theirs = processor(Image.open(io.BytesIO(file)).convert("RGB"), return_tensors="np")["pixel_values"][0]
+    theirs = processor(Image.open(io.BytesIO(file)).convert("RGB"), return_tensors="np")[
+        "pixel_values"
+    ][0]
     assert ours.shape == (3, 336, 336) and ours.dtype == np.float32
     assert np.abs(ours - theirs).max() < 1e-5
 
@@ -417,9 +624,13 @@ def test_pixels_equal_transformers(tiny, size, kind, aspect):
 def test_padding_has_the_mean_colour_and_square_loses_the_ends():
     red = Image.new("RGB", (672, 336), (255, 0, 0))
     red.paste((0, 0, 255), (0, 0, 100, 336))
-    pad, square = (data.PictureTransform(336, MEAN, STD, aspect)(red) for aspect in ("pad", "square"))
+    pad, square = (
+        data.PictureTransform(336, MEAN, STD, aspect)(red) for aspect in ("pad", "square")
+    )
     background = (np.float32([122, 116, 104]) / 255 - MEAN) / STD
-    assert np.allclose(pad[:, 0, 0], background, atol=1e-6) and np.allclose(pad[:, 335, 335], background, atol=1e-6)
+    assert np.allclose(pad[:, 0, 0], background, atol=1e-6) and np.allclose(
+        pad[:, 335, 335], background, atol=1e-6
+    )
     assert (np.ptp(square, axis=(1, 2)) == 0).all()  # the blue end is gone
 
 
@@ -427,11 +638,19 @@ def test_padding_has_the_mean_colour_and_square_loses_the_ends():
 def test_extreme_aspect_ratio_costs_no_memory(size, monkeypatch):
     picture, made = data.decode_picture(encoded(Image.new("RGB", size, (250, 250, 250)))), []
     new, resize = Image.new, Image.Image.resize
-    monkeypatch.setattr(Image, "new", lambda mode, size, *a: made.append(size) or new(mode, size, *a))
-    monkeypatch.setattr(Image.Image, "resize", lambda self, size, *a: made.append(size) or resize(self, size, *a))
+    monkeypatch.setattr(
+        Image, "new", lambda mode, size, *a: made.append(size) or new(mode, size, *a)
+    )
+    monkeypatch.setattr(
+        Image.Image, "resize", lambda self, size, *a: made.append(size) or resize(self, size, *a)
+    )
     for aspect in ("pad", "square"):
         pixels = data.PictureTransform(336, MEAN, STD, aspect)(picture)
-        assert pixels.shape == (3, 336, 336) and 0 < pixels[:, 168, 168].mean() and abs(pixels).max() < 3
+        assert (
+            pixels.shape == (3, 336, 336)
+            and 0 < pixels[:, 168, 168].mean()
+            and abs(pixels).max() < 3
+        )
     assert max(wide * high for wide, high in made) <= 2**24
 
 
@@ -440,7 +659,14 @@ def test_what_is_no_picture_is_one_clear_error():  # trap 32
     bomb[16:24] = struct.pack(">2I", 20_000, 20_000)
     bomb[29:33] = struct.pack(">I", zlib.crc32(bomb[12:29]))
     whole = encoded(noise(300, 300), "JPEG")
-    for bad in (b"", b"no picture", whole[:2000], bytes(bomb), encoded(noise(64, 64))[:-40], b"\x89PNG\r\n\x1a\n"):
+    for bad in (
+        b"",
+        b"no picture",
+        whole[:2000],
+        bytes(bomb),
+        encoded(noise(64, 64))[:-40],
+        b"\x89PNG\r\n\x1a\n",
+    ):
         with pytest.raises(ValueError, match="picture a.png: not one that can be read") as error:
             data.decode_picture(bad, "a.png")
         assert "\n" not in str(error.value) and "0x" not in str(error.value)
@@ -448,7 +674,11 @@ def test_what_is_no_picture_is_one_clear_error():  # trap 32
 
 def test_zip_is_read_as_the_folder_is(tmp_path):
     (tmp_path / "folder" / "deep").mkdir(parents=True)
-    files = {"a.png": encoded(noise(30, 20)), "deep/b.jpg": encoded(noise(20, 30), "JPEG"), "deep/é ü.bin": b"x" * 5000}
+    files = {
+        "a.png": encoded(noise(30, 20)),
+        "deep/b.jpg": encoded(noise(20, 30), "JPEG"),
+        "deep/é ü.bin": b"x" * 5000,
+    }
     for name, content in files.items():
         (tmp_path / "folder" / name).write_bytes(content)
     for method in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
@@ -464,10 +694,14 @@ def test_zip_is_read_as_the_folder_is(tmp_path):
         whole = bytearray((tmp_path / "z.zip").read_bytes())
         far = whole.index(b"PK\1\2") + 42  # in the directory, where the first picture begins
         for at, wrong in ((35, b"\xff" * 20), (60, b"?" * 20), (far, b"\xff\xff\xff\x7f")):
-            bad = write(tmp_path / "bad.zip", bytes(whole[:at] + wrong + whole[at + len(wrong):]))
+            bad = write(tmp_path / "bad.zip", bytes(whole[:at] + wrong + whole[at + len(wrong) :]))
             with pytest.raises(ValueError, match="picture a.png in .*: damaged"):
                 data.Pictures(bad).read("a.png")
-    for name, content in {"cut.zip": whole[:900], "text.zip": b"hello", "directory.zip": whole.replace(b"PK\1\2", b"PK\1\3")}.items():
+    for name, content in {
+        "cut.zip": whole[:900],
+        "text.zip": b"hello",
+        "directory.zip": whole.replace(b"PK\1\2", b"PK\1\3"),
+    }.items():
         write(tmp_path / name, bytes(content))
         with pytest.raises(ValueError, match="neither a folder nor a whole .zip"):
             data.Pictures(tmp_path / name)
@@ -480,28 +714,50 @@ def test_zip_is_read_as_the_folder_is(tmp_path):
 
 def row(turns, **more):
     names = ["human", "gpt"]
-    return {"conversations": [{"from": names[i % 2], "value": t} for i, t in enumerate(turns)], **more}
+    return {
+        "conversations": [{"from": names[i % 2], "value": t} for i, t in enumerate(turns)],
+        **more,
+    }
 
 
-@pytest.mark.parametrize("wrong, error", [
-    ([], "expected {"), ("text", "expected {"), (None, "expected {"), ({}, "expected {"),
-    ({"conversations": "hello"}, "expected {"), ({"conversations": [1]}, "expected {"),
-    ({"conversations": [{"from": "human"}]}, "expected {"), ({"conversations": [{"from": "human", "value": 3}]}, "expected {"),
-    ({"conversations": []}, "no gpt turn"), (row(["hi"]), "no gpt turn"),
-    ({"conversations": [{"from": "system", "value": "x"}]}, "no gpt turn"),
-    ({"conversations": [{"from": "user", "value": "x"}]}, "'user' is no role"),
-    ({"conversations": [{"value": "x"}]}, "None is no role"), ({"conversations": [{"from": [], "value": "x"}]}, "is no role"),
-    ({"conversations": [{"from": "human", "value": "x"}] * 2}, "turn 2 is human's: .*alternate"),
-    ({"conversations": [{"from": "gpt", "value": "x"}]}, "turn 1 is gpt's: .*human first"),
-    ({"conversations": row(["a", "b"])["conversations"] + [{"from": "system", "value": "x"}]}, "turn 3 is system's"),
-    (row(["hi", "yes"], image="a.png"), "1 picture.* but 0 <image>"),  # trap 1
-    (row([f"{IMAGE} hi", "yes"]), "0 picture.* but 1 <image>"),
-    (row([f"{IMAGE}{IMAGE} hi", "yes"], image="a.png"), "1 picture.* but 2 <image>"),
-    (row([f"{IMAGE} hi", "yes"], image=["a", "b"]), "2 picture.* but 1 <image>"),
-    (row(["hi", f"{IMAGE} yes"], image="a.png"), "1 picture.* but 0 <image>"),
-    (row([f"{IMAGE} hi", "yes"], image=3), "neither a file name nor a list"),
-    (row([f"{IMAGE} hi", "yes"], image=[None]), "neither a file name nor a list"),
-])
+@pytest.mark.parametrize(
+    "wrong, error",
+    [
+        ([], "expected {"),
+        ("text", "expected {"),
+        (None, "expected {"),
+        ({}, "expected {"),
+        ({"conversations": "hello"}, "expected {"),
+        ({"conversations": [1]}, "expected {"),
+        ({"conversations": [{"from": "human"}]}, "expected {"),
+        ({"conversations": [{"from": "human", "value": 3}]}, "expected {"),
+        ({"conversations": []}, "no gpt turn"),
+        (row(["hi"]), "no gpt turn"),
+        ({"conversations": [{"from": "system", "value": "x"}]}, "no gpt turn"),
+        ({"conversations": [{"from": "user", "value": "x"}]}, "'user' is no role"),
+        ({"conversations": [{"value": "x"}]}, "None is no role"),
+        ({"conversations": [{"from": [], "value": "x"}]}, "is no role"),
+        (
+            {"conversations": [{"from": "human", "value": "x"}] * 2},
+            "turn 2 is human's: .*alternate",
+        ),
+        ({"conversations": [{"from": "gpt", "value": "x"}]}, "turn 1 is gpt's: .*human first"),
+        (
+            {
+                "conversations": row(["a", "b"])["conversations"]
+                + [{"from": "system", "value": "x"}]
+            },
+            "turn 3 is system's",
+        ),
+        (row(["hi", "yes"], image="a.png"), "1 picture.* but 0 <image>"),  # trap 1
+        (row([f"{IMAGE} hi", "yes"]), "0 picture.* but 1 <image>"),
+        (row([f"{IMAGE}{IMAGE} hi", "yes"], image="a.png"), "1 picture.* but 2 <image>"),
+        (row([f"{IMAGE} hi", "yes"], image=["a", "b"]), "2 picture.* but 1 <image>"),
+        (row(["hi", f"{IMAGE} yes"], image="a.png"), "1 picture.* but 0 <image>"),
+        (row([f"{IMAGE} hi", "yes"], image=3), "neither a file name nor a list"),
+        (row([f"{IMAGE} hi", "yes"], image=[None]), "neither a file name nor a list"),
+    ],
+)
 def test_wrong_row_is_one_clear_error(wrong, error):
     with pytest.raises(ValueError, match=error) as refused:
         data.parse_record(wrong)
@@ -510,12 +766,24 @@ def test_wrong_row_is_one_clear_error(wrong, error):
 
 def test_right_rows_are_taken_as_they_are():  # traps 5, 6, 10
     turns = [f"{IMAGE}a{IMAGE}", f"b {IMAGE}", f"{IMAGE}c", "d", "and?"]
-    messages, images = data.parse_record(row(turns, id="1", image=["1.png", "2.png", "3.png"], answers=[1]))
-    assert [m["content"] for m in messages] == turns[:4] and images == ["1.png", "2.png", "3.png"]  # the question at the end is dropped
+    messages, images = data.parse_record(
+        row(turns, id="1", image=["1.png", "2.png", "3.png"], answers=[1])
+    )
+    assert [m["content"] for m in messages] == turns[:4] and images == [
+        "1.png",
+        "2.png",
+        "3.png",
+    ]  # the question at the end is dropped
     assert [m["role"] for m in messages] == ["user", "assistant"] * 2
-    assert data.parse_record(row(["a", ""]))[1] == data.parse_record(row(["a", ""], image=None))[1] == []
+    assert (
+        data.parse_record(row(["a", ""]))[1]
+        == data.parse_record(row(["a", ""], image=None))[1]
+        == []
+    )
     assert data.parse_record(row([f"a\n{IMAGE}", "b"], image="x"))[1] == ["x"]
-    system = {"conversations": [{"from": "system", "value": IMAGE}, *row(["a", "b"])["conversations"]]}
+    system = {
+        "conversations": [{"from": "system", "value": IMAGE}, *row(["a", "b"])["conversations"]]
+    }
     assert [m["role"] for m in data.parse_record(system)[0]] == ["system", "user", "assistant"]
 
 
@@ -525,25 +793,49 @@ def write(path, content):
 
 
 def test_records_come_back_as_they_were(tmp_path):  # trap 33
-    rows = [row([f"{IMAGE}\nWas ist das?", "Ein Frosch 🐸"], id="004539375", image="a.png", answers=["x"] * 10),
-            row(["hi", "yes"], id=7), row(["\ud800", "x"]), [1], row(["hi", "yes"] * 50, image=["a", "b"])]
-    for path in (write(tmp_path / "a.json", json.dumps(rows, indent=1)),
-                 write(tmp_path / "b.json", b"\xef\xbb\xbf" + json.dumps(rows[:2], ensure_ascii=False).encode()),
-                 write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, rows)) + "\n\n")):
+    rows = [
+        row(
+            [f"{IMAGE}\nWas ist das?", "Ein Frosch 🐸"],
+            id="004539375",
+            image="a.png",
+            answers=["x"] * 10,
+        ),
+        row(["hi", "yes"], id=7),
+        row(["\ud800", "x"]),
+        [1],
+        row(["hi", "yes"] * 50, image=["a", "b"]),
+    ]
+    for path in (
+        write(tmp_path / "a.json", json.dumps(rows, indent=1)),
+        write(
+            tmp_path / "b.json", b"\xef\xbb\xbf" + json.dumps(rows[:2], ensure_ascii=False).encode()
+        ),
+        write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, rows)) + "\n\n"),
+    ):
         records = data.Records(path, 576)
-        assert [records[i] for i in range(len(records))] == rows[:len(records)] and len(records) >= 2
+        assert [records[i] for i in range(len(records))] == rows[: len(records)] and len(
+            records
+        ) >= 2
     assert records.has_picture.tolist() == [True, False, False, False, True]
     assert records.lengths.argsort()[::-1][:2].tolist() == [4, 0] and 576 < records.lengths[0] < 700
     assert "row 0 (id 004539375)" in records.where(0) and records.where(3).endswith("row 3")
 
 
-@pytest.mark.parametrize("name, content, error", [
-    ("a.json", '[\n{"id": 1},\n{"id" 2}]', "a.json: line 3: not JSON"), ("a.jsonl", '{"id": 1}\n\n{"id"', "a.jsonl: line 3: not JSON"),
-    ("a.jsonl", b'{"id": 1}\n{"id": "\xff"}', "a.jsonl: line 2: not JSON"), ("a.json", "", "a.json: line 1: not JSON"),
-    ("a.json", "{}", "expected a list of rows, found dict"), ("a.json", "[]", "no rows"), ("a.jsonl", "\n", "no rows"),
-    ("a.json", "[" * 100_000, "not JSON"), ("a.json", "[1" + "0" * 5000 + "]", "not JSON"),
-    ("a.json", b"[\xff]", "not JSON"),
-])
+@pytest.mark.parametrize(
+    "name, content, error",
+    [
+        ("a.json", '[\n{"id": 1},\n{"id" 2}]', "a.json: line 3: not JSON"),
+        ("a.jsonl", '{"id": 1}\n\n{"id"', "a.jsonl: line 3: not JSON"),
+        ("a.jsonl", b'{"id": 1}\n{"id": "\xff"}', "a.jsonl: line 2: not JSON"),
+        ("a.json", "", "a.json: line 1: not JSON"),
+        ("a.json", "{}", "expected a list of rows, found dict"),
+        ("a.json", "[]", "no rows"),
+        ("a.jsonl", "\n", "no rows"),
+        ("a.json", "[" * 100_000, "not JSON"),
+        ("a.json", "[1" + "0" * 5000 + "]", "not JSON"),
+        ("a.json", b"[\xff]", "not JSON"),
+    ],
+)
 def test_broken_file_names_the_line(tmp_path, name, content, error):
     with pytest.raises(ValueError, match=error) as refused:
         data.Records(write(tmp_path / name, content))
@@ -556,11 +848,15 @@ def test_broken_file_names_the_line(tmp_path, name, content, error):
 @pytest.fixture
 def open_rows(tiny, tmp_path):
     """Writes rows, and pictures 0.png, 1.png ... of one shade each, and opens them as a dataset."""
+
     def make(rows, **options):
         for i in range(3):
             Image.new("RGB", (40, 30), (80 * i,) * 3).save(tmp_path / f"{i}.png")
         (tmp_path / "bad.png").write_bytes(b"no picture")
-        return data.open_dataset(write(tmp_path / "rows.json", json.dumps(rows)), tmp_path, tiny, **options)
+        return data.open_dataset(
+            write(tmp_path / "rows.json", json.dumps(rows)), tmp_path, tiny, **options
+        )
+
     return make
 
 
@@ -569,27 +865,47 @@ def shades(pixels):
 
 
 def test_pictures_keep_the_order_of_their_placeholders(open_rows):  # traps 10, 11
-    dataset = open_rows([row([f"{IMAGE}{IMAGE} which?", f"{IMAGE} is text", f"and {IMAGE}?", "no"], image=["2.png", "0.png", "1.png"]),
-                         row(["hi", "yes"]), row([f"{IMAGE}", "x"], image="1.png")])
+    dataset = open_rows(
+        [
+            row(
+                [f"{IMAGE}{IMAGE} which?", f"{IMAGE} is text", f"and {IMAGE}?", "no"],
+                image=["2.png", "0.png", "1.png"],
+            ),
+            row(["hi", "yes"]),
+            row([f"{IMAGE}", "x"], image="1.png"),
+        ]
+    )
     collate = data.Collator(dataset.image_token_id, 576)
     batch = collate([dataset[i] for i in (0, 1, 2, -1)])
     image = batch["input_ids"] == dataset.image_token_id
-    assert image.sum(1).tolist() == [3 * 576, 0, 576, 0] and batch["pixel_values"].shape == (4, 3, 336, 336)
+    assert image.sum(1).tolist() == [3 * 576, 0, 576, 0] and batch["pixel_values"].shape == (
+        4,
+        3,
+        336,
+        336,
+    )
     assert shades(batch["pixel_values"][:3]) == [1, 2, 0]
     assert (batch["labels"][image] == IGNORE).all() and batch["rows"] == [0, 1, 2, -1]
     for k, length in enumerate(batch["lengths"]):  # right-padded; labels are the ids, or ignored
         ids, labels = batch["input_ids"][k], batch["labels"][k]
         assert (labels[length:] == IGNORE).all() and ((labels == ids) | (labels == IGNORE)).all()
-        assert length == 1 if k == 3 else labels[:length][-2] != IGNORE  # the end token, before its newline
+        assert (
+            length == 1 if k == 3 else labels[:length][-2] != IGNORE
+        )  # the end token, before its newline
     text_only = collate([dataset[1], dataset[-1]])
-    assert text_only["pixel_values"].shape == (0, 3, 336, 336) and (text_only["labels"] != IGNORE).any()
+    assert (
+        text_only["pixel_values"].shape == (0, 3, 336, 336)
+        and (text_only["labels"] != IGNORE).any()
+    )
     with pytest.raises(AssertionError, match="row 2: 1 <image> ids for 0 pictures"):
         collate([{**dataset[2], "pixel_values": torch.zeros(0, 3, 336, 336)}])
 
 
 def test_long_row_loses_the_end_of_its_answer_never_a_picture(open_rows):  # traps 9, 31
-    rows = [row([f"{IMAGE}\nWhat?", "one two three four five six"], id="long", image="1.png"),
-            row([f"{IMAGE} a", "b", f"c {IMAGE}", "d"], id="two", image=["1.png", "0.png"])]
+    rows = [
+        row([f"{IMAGE}\nWhat?", "one two three four five six"], id="long", image="1.png"),
+        row([f"{IMAGE} a", "b", f"c {IMAGE}", "d"], id="two", image=["1.png", "0.png"]),
+    ]
     full = open_rows(rows)[0]
     width = len(full["input_ids"]) + 575
     first = int((full["labels"] == IGNORE).int().argmin()) + 575  # tokens before the answer
@@ -598,27 +914,46 @@ def test_long_row_loses_the_end_of_its_answer_never_a_picture(open_rows):  # tra
         dataset.max_length = limit
         item = dataset[0]
         assert len(item["input_ids"]) + 575 == limit and item["cut"] == width - limit
-        assert item["labels"].equal(full["labels"][:limit - 575])
+        assert item["labels"].equal(full["labels"][: limit - 575])
     for i, limit in ((0, first), (0, 300), (1, first + 20)):
         error = "nothing is left to learn from" if limit == first else "would cut off a picture"
         with pytest.raises(ValueError, match=rf"row {i} \(id .*{error}"):
             open_rows(rows, max_length=limit)[i]
         skipped = open_rows(rows, max_length=limit, on_bad_record="skip")[i]
-        assert error in skipped["fault"] and (skipped["labels"] == IGNORE).all() and len(skipped["pixel_values"]) == 0
+        assert (
+            error in skipped["fault"]
+            and (skipped["labels"] == IGNORE).all()
+            and len(skipped["pixel_values"]) == 0
+        )
 
 
 def test_bad_row_stops_or_is_skipped_with_one_line(open_rows):  # trap 32
-    rows = [row([f"{IMAGE} a", "b"], id="good", image="1.png"), row([f"{IMAGE} a", "b"], id="gone", image="nowhere.png"),
-            row([f"{IMAGE} a", "b"], id="bad", image="bad.png"), row(["a"], id="mute"), row(["\ud800", "b"], id="half"), 5]
-    errors = {1: "id gone.*nowhere.png", 2: "id bad.*bad.png.*can be read", 3: "id mute.*no gpt turn", 4: "id half.*no character",
-              5: "row 5: expected"}
+    rows = [
+        row([f"{IMAGE} a", "b"], id="good", image="1.png"),
+        row([f"{IMAGE} a", "b"], id="gone", image="nowhere.png"),
+        row([f"{IMAGE} a", "b"], id="bad", image="bad.png"),
+        row(["a"], id="mute"),
+        row(["\ud800", "b"], id="half"),
+        5,
+    ]
+    errors = {
+        1: "id gone.*nowhere.png",
+        2: "id bad.*bad.png.*can be read",
+        3: "id mute.*no gpt turn",
+        4: "id half.*no character",
+        5: "row 5: expected",
+    }
     for i, error in errors.items():
         with pytest.raises((ValueError, FileNotFoundError), match=error):
             open_rows(rows)[i]
     dataset = open_rows(rows, on_bad_record="skip")
     batch = data.Collator(dataset.image_token_id, 576)([dataset[i] for i in range(6)])
     assert len(batch["faults"]) == 5 and not any("\n" in fault for fault in batch["faults"])
-    assert (batch["labels"][1:] == IGNORE).all() and (batch["labels"][0] != IGNORE).any() and len(batch["pixel_values"]) == 1
+    assert (
+        (batch["labels"][1:] == IGNORE).all()
+        and (batch["labels"][0] != IGNORE).any()
+        and len(batch["pixel_values"]) == 1
+    )
 
 
 def test_folder_that_is_no_llava_is_one_clear_error(tiny, tmp_path):
@@ -640,18 +975,26 @@ def test_folder_that_is_no_llava_is_one_clear_error(tiny, tmp_path):
 def test_epoch_has_every_row_once_and_the_longest_step_first(rows, batch, by_modality):  # trap 23
     rng = np.random.default_rng(0)
     lengths, has_picture = rng.integers(5, 900, rows), rng.random(rows) < 0.7
-    plan = lambda seed=0, epoch=0: data.plan_epoch(lengths, has_picture, batch, seed, epoch, by_modality)  # noqa: E731
+    plan = lambda seed=0, epoch=0: data.plan_epoch(
+        lengths, has_picture, batch, seed, epoch, by_modality
+    )  # noqa: E731
     steps = plan()
     assert (steps == plan()).all() and steps.shape[1] == batch
     assert sorted(steps[steps >= 0]) == list(range(rows))  # complete, no row twice
     kinds = [{bool(has_picture[i]) for i in step if i >= 0} for step in steps]
-    assert len(steps) == sum(-(-n // batch) for n in ([has_picture.sum(), (~has_picture).sum()] if by_modality else [rows]))
+    assert len(steps) == sum(
+        -(-n // batch)
+        for n in ([has_picture.sum(), (~has_picture).sum()] if by_modality else [rows])
+    )
     assert not by_modality or all(len(kind) == 1 for kind in kinds)
     assert sum((step < 0).any() for step in steps) <= 1 + by_modality
     sizes = np.where(steps < 0, 0, lengths[steps])
     assert sizes[0].max() == lengths.max() and (np.diff(sizes, axis=1) <= 0).all()
     if rows == 1000:  # other mates in each epoch and with each seed
-        mates = [{frozenset(step) for step in plan(seed, epoch).tolist()} for seed, epoch in ((0, 0), (0, 1), (0, 2), (1, 1))]
+        mates = [
+            {frozenset(step) for step in plan(seed, epoch).tolist()}
+            for seed, epoch in ((0, 0), (0, 1), (0, 2), (1, 1))
+        ]
         assert sum(map(len, mates)) == len(set().union(*mates))
     if rows == 1000 and by_modality:  # alike in length within a step
         random_order = data.plan_epoch(lengths, has_picture, batch, 0, 0, False)
@@ -662,24 +1005,41 @@ def test_every_split_takes_the_same_rows_in_each_step():
     steps = data.plan_epoch(np.arange(100), np.ones(100, bool), 12, 0, 0, False)
     for world, accumulation in ((1, 1), (1, 12), (2, 3), (4, 1), (3, 4)):
         for start in (0, 3):
-            ranks = [list(data.micro_batches(steps, accumulation, world, rank, start)) for rank in range(world)]
-            assert {len(batches) for batches in ranks} == {len(data.micro_batches(steps, accumulation, world, 0, start))}
+            ranks = [
+                list(data.micro_batches(steps, accumulation, world, rank, start))
+                for rank in range(world)
+            ]
+            assert {len(batches) for batches in ranks} == {
+                len(data.micro_batches(steps, accumulation, world, 0, start))
+            }
             for k, step in enumerate(steps[start:]):
-                windows = [batches[k * accumulation:(k + 1) * accumulation] for batches in ranks]
-                assert sorted(i for window in windows for rows in window for i in rows) == sorted(step.tolist())
-                assert {len(rows) for window in windows for rows in window} == {12 // world // accumulation}
+                windows = [batches[k * accumulation : (k + 1) * accumulation] for batches in ranks]
+                assert sorted(i for window in windows for rows in window for i in rows) == sorted(
+                    step.tolist()
+                )
+                assert {len(rows) for window in windows for rows in window} == {
+                    12 // world // accumulation
+                }
 
 
 # --- commands ---
 
 
 def test_importing_data_has_no_side_effects(tmp_path):  # trap 29
-    code = ("import sys; sys.path.insert(0, sys.argv[1]); import torch; a = torch.get_rng_state(), torch.get_num_threads()\n"
-            "import data; assert a[0].equal(torch.get_rng_state()) and a[1] == torch.get_num_threads()\n"
-            "assert not {'model', 'train', 'lora'} & set(sys.modules)")
-    done = subprocess.run([sys.executable, "-B", "-c", code, str(Path(data.__file__).parent)], cwd=tmp_path,
-                          capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "") and not list(tmp_path.iterdir())
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import torch; a = torch.get_rng_state(), torch.get_num_threads()\n"
+        "import data; assert a[0].equal(torch.get_rng_state()) and a[1] == torch.get_num_threads()\n"
+        "assert not {'model', 'train', 'lora'} & set(sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-B", "-c", code, str(Path(data.__file__).parent)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "") and not list(
+        tmp_path.iterdir()
+    )
 
 
 @pytest.fixture(scope="session")
@@ -691,15 +1051,26 @@ def toy(tmp_path_factory):
 
 def test_toy_data_is_a_function_of_its_seed(toy, tmp_path, monkeypatch):
     for name, seed in (("again", 0), ("other", 1)):
-        assert data.main(["toy", "--out", str(tmp_path / name), "--scenes", "200", "--seed", str(seed)]) == 0
+        assert (
+            data.main(
+                ["toy", "--out", str(tmp_path / name), "--scenes", "200", "--seed", str(seed)]
+            )
+            == 0
+        )
         monkeypatch.setattr(Image.Image, "save", lambda *args, **options: None)  # the texts will do
-    files = lambda folder: {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file()}  # noqa: E731
+    files = lambda folder: {
+        str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file()
+    }  # noqa: E731
     assert files(tmp_path / "again") == files(toy)
     assert all(content != files(toy)[name] for name, content in files(tmp_path / "other").items())
 
 
 def test_toy_data_keeps_its_rules(toy):
-    sets = {path.stem: json.loads(path.read_text()) for path in toy.glob("*.json") if path.stem != "baseline"}
+    sets = {
+        path.stem: json.loads(path.read_text())
+        for path in toy.glob("*.json")
+        if path.stem != "baseline"
+    }
     for rows in sets.values():
         assert len({r["id"] for r in rows}) == len(rows)
         for r in rows:
@@ -708,20 +1079,36 @@ def test_toy_data_keeps_its_rules(toy):
     train, held_out = sets["train"], sets["train_validation"]
     asked = Counter(kind for r in train for kind in r["kinds"])
     for kind in ("colour", "shape", "size", "position", "number"):
-        answers = Counter(t["value"] for r in train for k, t in zip(r["kinds"], r["conversations"][1::2]) if k == kind)
+        answers = Counter(
+            t["value"]
+            for r in train
+            for k, t in zip(r["kinds"], r["conversations"][1::2])
+            if k == kind
+        )
         assert asked[kind] >= 0.12 * asked.total() and len(answers) >= 4
         assert max(answers.values()) < 1.6 * answers.total() / len(answers)  # equally likely
     pictures = Counter(len(data.image_list(r)) for r in train)
     assert pictures[2] >= 0.1 * len(train) and pictures[0] > 0 and pictures[1] > len(train) / 2
-    assert all(not data.image_list(r) for r in sets["reading"]) and all(len(data.image_list(r)) == 1 for r in sets["captions"])
+    assert all(not data.image_list(r) for r in sets["reading"]) and all(
+        len(data.image_list(r)) == 1 for r in sets["captions"]
+    )
     files = lambda rows: {name for r in rows for name in data.image_list(r)}  # noqa: E731
-    assert sum(len(r["kinds"]) for r in held_out) >= 500 and not files(train + sets["captions"]) & files(held_out)
+    assert sum(len(r["kinds"]) for r in held_out) >= 500 and not files(
+        train + sets["captions"]
+    ) & files(held_out)
 
 
 @pytest.fixture
 def show(toy, tiny):
-    return ["show", "--model_name_or_path", str(tiny), "--data_path", str(toy / "train.json"), "--image_folder",
-            str(toy / "images")]
+    return [
+        "show",
+        "--model_name_or_path",
+        str(tiny),
+        "--data_path",
+        str(toy / "train.json"),
+        "--image_folder",
+        str(toy / "images"),
+    ]
 
 
 def test_show_prints_a_row_as_the_model_gets_it(toy, tiny, show, capsys):
@@ -731,20 +1118,36 @@ def test_show_prints_a_row_as_the_model_gets_it(toy, tiny, show, capsys):
     printed = json.loads(capsys.readouterr().out)
     dataset = data.open_dataset(toy / "train.json", toy / "images", tiny)
     batch = data.Collator(dataset.image_token_id, 576)([dataset[i]])
-    assert printed == {"input_ids": batch["input_ids"][0].tolist(), "labels": batch["labels"][0].tolist()}
+    assert printed == {
+        "input_ids": batch["input_ids"][0].tolist(),
+        "labels": batch["labels"][0].tolist(),
+    }
     assert data.main([*show, "--index", str(i)]) == 0
     printed = capsys.readouterr().out
     assert printed.count(f"{IMAGE} x 576") == 2 and f"{len(batch['labels'][0])} tokens" in printed
 
 
-@pytest.mark.parametrize("argv, error", [
-    ([], "command"), (["paint"], "invalid choice"), (["toy"], "--out"), (["toy", "--out", "x", "--scenes", "many"], "invalid int"),
-    (["toy", "--out", "FILE"], "FILE"), (["toy", "--out", "x", "--scenes", "0"], "--scenes 0"), (["show"], "--model_name_or_path"), (["SHOW", "--version", "v7"], "invalid choice"),
-    (["SHOW", "--index", "99999"], "--index 99999"), (["SHOW", "--index", "-1"], "--index -1"),
-    (["SHOW", "--model_max_length", "500"], "would cut off"), (["SHOW", "--data_path", "nowhere.json"], "no such file"),
-    (["SHOW", "--image_folder", "nowhere"], "no such folder"), (["SHOW", "--model_name_or_path", "nowhere"], "no config.json"),
-    (["SHOW", "--version", "plain"], "--version plain takes one"), (["SHOW", "--wrong", "1"], "unrecognized"),
-])
+@pytest.mark.parametrize(
+    "argv, error",
+    [
+        ([], "command"),
+        (["paint"], "invalid choice"),
+        (["toy"], "--out"),
+        (["toy", "--out", "x", "--scenes", "many"], "invalid int"),
+        (["toy", "--out", "FILE"], "FILE"),
+        (["toy", "--out", "x", "--scenes", "0"], "--scenes 0"),
+        (["show"], "--model_name_or_path"),
+        (["SHOW", "--version", "v7"], "invalid choice"),
+        (["SHOW", "--index", "99999"], "--index 99999"),
+        (["SHOW", "--index", "-1"], "--index -1"),
+        (["SHOW", "--model_max_length", "500"], "would cut off"),
+        (["SHOW", "--data_path", "nowhere.json"], "no such file"),
+        (["SHOW", "--image_folder", "nowhere"], "no such folder"),
+        (["SHOW", "--model_name_or_path", "nowhere"], "no config.json"),
+        (["SHOW", "--version", "plain"], "--version plain takes one"),
+        (["SHOW", "--wrong", "1"], "unrecognized"),
+    ],
+)
 def test_bad_call_is_one_line_and_status_2(toy, show, tmp_path, monkeypatch, capsys, argv, error):
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "FILE", "")
@@ -765,8 +1168,13 @@ def test_bad_call_is_one_line_and_status_2(toy, show, tmp_path, monkeypatch, cap
 
 QUESTION = "What is in the picture?"
 SENTENCES = [QUESTION, "A red circle, a blue square.", "USER: hello ASSISTANT: hi"] * 9
-SMALL = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-             initializer_range=0.3)
+SMALL = dict(
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    initializer_range=0.3,
+)
 VISION = dict(SMALL, num_hidden_layers=3, image_size=28, patch_size=14)  # 4 tokens a picture
 
 
@@ -777,24 +1185,39 @@ def small_tokenizer(family):
     if family == "llama":
         bpe.pre_tokenizer = pre_tokenizers.Metaspace()
         special = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256))]
-        bpe.train_from_iterator(SENTENCES, trainers.BpeTrainer(vocab_size=330, special_tokens=special))
+        bpe.train_from_iterator(
+            SENTENCES, trainers.BpeTrainer(vocab_size=330, special_tokens=special)
+        )
         trained = json.loads(bpe.to_str())["model"]
         return LlamaTokenizer(vocab=trained["vocab"], merges=[tuple(m) for m in trained["merges"]])
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
-    bpe.train_from_iterator(SENTENCES, trainers.BpeTrainer(
-        vocab_size=320, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"]))
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>",
-                                   pad_token="<|endoftext|>", chat_template=llava.CHATML)
+    bpe.train_from_iterator(
+        SENTENCES,
+        trainers.BpeTrainer(
+            vocab_size=320,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        ),
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        chat_template=llava.CHATML,
+    )
 
 
 def parts(path, family="qwen2", tied=False, spare_rows=0, dtype=torch.float32, **tokens):
     """Folders (vision, text) of a small random CLIP tower and language model, with a tokenizer."""
     torch.manual_seed(0)
     tokenizer, kind = small_tokenizer(family), {"llama": LlamaConfig, "qwen2": Qwen2Config}[family]
-    config = kind(**SMALL, vocab_size=len(tokenizer) + spare_rows, num_key_value_heads=2,
-                  tie_word_embeddings=tied)
+    config = kind(
+        **SMALL,
+        vocab_size=len(tokenizer) + spare_rows,
+        num_key_value_heads=2,
+        tie_word_embeddings=tied,
+    )
     AutoModelForCausalLM.from_config(config).to(dtype).save_pretrained(path / "text")
     tokenizer.save_pretrained(path / "text")
     edit(path / "text/tokenizer_config.json", **tokens)
@@ -806,8 +1229,12 @@ def built(path, family="qwen2", kind="mlp2x_gelu", aspect_ratio="pad", **options
     """A LLaVA folder made by our `build`; its projector is as large as the rest."""
     version = "v1" if family == "llama" else "own"
     llava.build(*parts(path, family, **options), path / "llava", kind, version, aspect_ratio)
-    change_tensors(path / "llava", lambda t: t.update(
-        {k: torch.randn_like(v) * 0.3 for k, v in t.items() if "projector" in k}))
+    change_tensors(
+        path / "llava",
+        lambda t: t.update(
+            {k: torch.randn_like(v) * 0.3 for k, v in t.items() if "projector" in k}
+        ),
+    )
     return path / "llava"
 
 
@@ -842,12 +1269,16 @@ def mixed_batch(image_token_id, side="right"):
     for length, pictures in ((9, 0), (6, 1), (5, 2)):
         row = torch.randint(3, 250, (length,), generator=generator)
         for i in range(pictures):
-            row = torch.cat([row[:1 + 5 * i], torch.full((4,), image_token_id), row[1 + 5 * i:]])
+            row = torch.cat([row[: 1 + 5 * i], torch.full((4,), image_token_id), row[1 + 5 * i :]])
         labels.append(torch.where(torch.arange(len(row)) < len(row) - 3, -100, row))
         rows.append(row)
     pad = functools.partial(pad_sequence, batch_first=True, padding_side=side)
-    return (pad(rows), torch.randn(3, 3, 28, 28, generator=generator),
-            pad(labels, padding_value=-100), pad([torch.ones_like(row) for row in rows]))
+    return (
+        pad(rows),
+        torch.randn(3, 3, 28, 28, generator=generator),
+        pad(labels, padding_value=-100),
+        pad([torch.ones_like(row) for row in rows]),
+    )
 
 
 def gradients(model, *batches):
@@ -876,8 +1307,10 @@ def test_logits_loss_and_greedy_tokens_equal_transformers(tmp_path, family, tied
         (folder / "model.safetensors").unlink()
         reference.save_pretrained(folder, max_shard_size="30kB")
     if way == "as on the hub":
-        tensors = {re.sub(r"^vision_tower\.(?!vision_model)", "vision_tower.vision_model.", k): v
-                   for k, v in tensors_of(folder).items()}
+        tensors = {
+            re.sub(r"^vision_tower\.(?!vision_model)", "vision_tower.vision_model.", k): v
+            for k, v in tensors_of(folder).items()
+        }
         for file in folder.glob("model*"):
             file.unlink()
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -895,13 +1328,19 @@ def test_logits_loss_and_greedy_tokens_equal_transformers(tmp_path, family, tied
     assert right == (expected.logits.argmax(-1)[:, :-1] == labels[:, 1:])[supervised].sum()
 
     ids, pixels, _, mask = mixed_batch(image, "left")
-    options = dict(input_ids=ids, pixel_values=pixels, attention_mask=mask, max_new_tokens=8,
-                   do_sample=False, suppress_tokens=[image])
-    free = reference.generate(**options)[:, ids.shape[1]:]
+    options = dict(
+        input_ids=ids,
+        pixel_values=pixels,
+        attention_mask=mask,
+        max_new_tokens=8,
+        do_sample=False,
+        suppress_tokens=[image],
+    )
+    free = reference.generate(**options)[:, ids.shape[1] :]
     eos = [free[0, 3].item(), free[1, 5].item()]
     expected = reference.generate(**options, eos_token_id=eos, pad_token_id=eos[0])
     new = model.generate(ids, pixels, mask, max_new_tokens=8, eos_token_id=eos)
-    assert new.tolist() == expected[:, ids.shape[1]:].tolist() != free.tolist()
+    assert new.tolist() == expected[:, ids.shape[1] :].tolist() != free.tolist()
 
 
 @pytest.mark.parametrize("family, aspect_ratio", [("llama", "square"), ("qwen2", "pad")])
@@ -911,8 +1350,12 @@ def test_auto_processor_on_our_folders_gives_our_ids_and_pixels(tmp_path, family
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 61, 3), dtype=np.uint8))
     content = [{"type": "image", "image": image}, {"type": "text", "text": QUESTION}]
     expected = AutoProcessor.from_pretrained(folder).apply_chat_template(
-        [{"role": "user", "content": content}], tokenize=True, add_generation_prompt=True,
-        return_dict=True, return_tensors="pt")
+        [{"role": "user", "content": content}],
+        tokenize=True,
+        add_generation_prompt=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
     said = [{"role": "user", "content": f"<image>\n{QUESTION}"}]
     ids = torch.tensor(text.ids_and_labels(said, prompt=True)[0])
     ids = ids.repeat_interleave(torch.where(ids == image_id, 4, 1))
@@ -929,8 +1372,11 @@ def test_scatter_equals_a_splice_by_hand_and_a_336_tower_has_576_patches(good):
     table = model.language_model.get_input_embeddings()
     f = model.multi_modal_projector(model.vision_tower(pixels))
     assert f.shape == (3, 4, 32) and model.tokens_per_picture == 4
-    rows = [table(ids[0]), torch.cat([table(ids[1, :1]), f[0], table(ids[1, 5:])]),
-            torch.cat([table(ids[2, :1]), f[1], table(ids[2, 5:6]), f[2], table(ids[2, 10:])])]
+    rows = [
+        table(ids[0]),
+        torch.cat([table(ids[1, :1]), f[0], table(ids[1, 5:])]),
+        torch.cat([table(ids[2, :1]), f[1], table(ids[2, 5:6]), f[2], table(ids[2, 10:])]),
+    ]
     assert torch.equal(model.embed(ids, pixels), torch.stack(rows))
     with torch.device("meta"):
         config = LlavaConfig(vision_config=CLIPVisionConfig(**dict(VISION, image_size=336)))
@@ -955,8 +1401,9 @@ def test_padding_and_the_split_into_micro_batches_change_no_gradient(good):
     ids, pixels, labels, mask = mixed_batch(model.config.image_token_id)
     pixels = pixels.double()
     whole = gradients(model, (ids, pixels, labels))
-    padded = gradients(model, (F.pad(ids, (0, 7), value=5), pixels,
-                               F.pad(labels, (0, 7), value=-100)))
+    padded = gradients(
+        model, (F.pad(ids, (0, 7), value=5), pixels, F.pad(labels, (0, 7), value=-100))
+    )
     pictures = (pixels[:0], pixels[:1], pixels[1:])
     rows = [(i[m > 0][None], p, l[m > 0][None]) for i, p, l, m in zip(ids, pictures, labels, mask)]
     one_by_one = gradients(model, *reversed(rows))
@@ -967,14 +1414,17 @@ def test_padding_and_the_split_into_micro_batches_change_no_gradient(good):
 
 @pytest.mark.parametrize("kind, count", [("linear", 1), ("mlp2x_gelu", 2), ("mlp3x_gelu", 3)])
 def test_projectors_round_trip_and_only_mlp2x_gelu_is_named_as_transformers_does(
-        tmp_path, kind, count):
+    tmp_path, kind, count
+):
     folder = built(tmp_path, kind=kind)
     model, config = llava.from_pretrained(folder), json.loads((folder / "config.json").read_text())
     saved = {k: v for k, v in tensors_of(folder).items() if k.startswith("multi_modal_projector")}
     x = expected = torch.randn(2, 4, 32)
     for i in range(1, count + 1):
-        expected = F.linear(F.gelu(expected) if i > 1 else expected, *(
-            saved.pop(f"multi_modal_projector.linear_{i}.{leaf}") for leaf in ("weight", "bias")))
+        expected = F.linear(
+            F.gelu(expected) if i > 1 else expected,
+            *(saved.pop(f"multi_modal_projector.linear_{i}.{leaf}") for leaf in ("weight", "bias")),
+        )
     assert torch.equal(model.multi_modal_projector(x), expected) and not saved
     assert (config["architectures"] == ["LlavaForConditionalGeneration"]) == (count == 2)
 
@@ -1002,11 +1452,15 @@ def test_build_takes_towers_in_every_form_and_keeps_the_layer_it_never_runs(tmp_
         (vision / "model.safetensors").unlink()
         buffer = {"vision_model.embeddings.position_ids": torch.arange(5)[None]}
         torch.save(level | buffer, vision / "pytorch_model.bin") if form == "bin" else (
-            tower.save_pretrained(vision, max_shard_size="20kB"))
+            tower.save_pretrained(vision, max_shard_size="20kB")
+        )
     model = llava.build(vision, text, tmp_path / "llava").eval()
     prefix = "vision_tower.vision_model."
-    saved = {k.removeprefix(prefix): v for k, v in tensors_of(tmp_path / "llava").items()
-             if k.startswith(prefix)}
+    saved = {
+        k.removeprefix(prefix): v
+        for k, v in tensors_of(tmp_path / "llava").items()
+        if k.startswith(prefix)
+    }
     assert saved.keys() == bare.keys() and all(torch.equal(saved[k], bare[k]) for k in bare)
     assert not any(re.search(r"layers\.2|post_layer", k) for k in model.vision_tower.state_dict())
     pixels = torch.randn(2, 3, 28, 28)
@@ -1014,10 +1468,13 @@ def test_build_takes_towers_in_every_form_and_keeps_the_layer_it_never_runs(tmp_
     torch.testing.assert_close(model.vision_tower(pixels), expected, atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("family, tied, spare_rows", [
-    ("llama", False, 0), ("llama", True, 70), ("qwen2", True, 0), ("qwen2", False, 70)])
+@pytest.mark.parametrize(
+    "family, tied, spare_rows",
+    [("llama", False, 0), ("llama", True, 70), ("qwen2", True, 0), ("qwen2", False, 70)],
+)
 def test_image_is_one_new_token_and_embeddings_grow_only_for_it_and_never_shrink(
-        tmp_path, family, tied, spare_rows):
+    tmp_path, family, tied, spare_rows
+):
     vision, text = parts(tmp_path, family, tied, spare_rows)
     model = llava.build(vision, text, tmp_path / "llava", version="v1")
     before, after = tensors_of(text), tensors_of(tmp_path / "llava")
@@ -1026,28 +1483,40 @@ def test_image_is_one_new_token_and_embeddings_grow_only_for_it_and_never_shrink
     assert model.config.image_token_id == len(old) and (llava.HEAD in after) == (not tied)
     for name in {llava.EMBEDDINGS, llava.HEAD} & set(after):
         rows, grown = before[name.removeprefix("language_model.")], after[name]
-        assert torch.equal(grown[:len(rows)], rows)
+        assert torch.equal(grown[: len(rows)], rows)
         assert len(grown) == (len(rows) if spare_rows else 64 * (len(old) // 64 + 1))
         mean = rows.mean(0).expand(len(grown) - len(rows), -1)
-        torch.testing.assert_close(grown[len(rows):], mean)
+        torch.testing.assert_close(grown[len(rows) :], mean)
     for sentence in (*SENTENCES[:3], "  two  spaces\n\nand  lines ", "ünï 数 🙂", "USER: x </s>y"):
         assert tokenizer(sentence).input_ids == old(sentence).input_ids
 
 
-@pytest.mark.parametrize("family, tokens, pad", [
-    ("llama", {}, "<unk>"), ("llama", {"pad_token": "</s>"}, "</s>"),
-    ("llama", {"unk_token": None}, "</s>"), ("qwen2", {}, "<|endoftext|>")])
+@pytest.mark.parametrize(
+    "family, tokens, pad",
+    [
+        ("llama", {}, "<unk>"),
+        ("llama", {"pad_token": "</s>"}, "</s>"),
+        ("llama", {"unk_token": None}, "</s>"),
+        ("qwen2", {}, "<|endoftext|>"),
+    ],
+)
 def test_built_folders_name_pad_and_end_tokens_and_one_template(tmp_path, family, tokens, pad):
     folder = built(tmp_path, family, **tokens)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    config, generation, more = (json.loads((folder / name).read_text()) for name in (
-        "config.json", "generation_config.json", "tokenizer_config.json"))
+    config, generation, more = (
+        json.loads((folder / name).read_text())
+        for name in ("config.json", "generation_config.json", "tokenizer_config.json")
+    )
     assert tokenizer.pad_token == pad and config["pad_token_id"] == tokenizer.pad_token_id
-    assert generation == {"eos_token_id": [tokenizer.eos_token_id],
-                          "pad_token_id": tokenizer.pad_token_id}
+    assert generation == {
+        "eos_token_id": [tokenizer.eos_token_id],
+        "pad_token_id": tokenizer.pad_token_id,
+    }
     content = [[{"type": "image"}, {"type": "text", "text": QUESTION}], f"<image>\n{QUESTION}"]
-    as_parts, as_string = (tokenizer.apply_chat_template(
-        [{"role": "user", "content": c}], tokenize=False) for c in content)
+    as_parts, as_string = (
+        tokenizer.apply_chat_template([{"role": "user", "content": c}], tokenize=False)
+        for c in content
+    )
     assert as_parts == as_string and QUESTION in as_string and "chat_template" not in more
 
 
@@ -1130,22 +1599,45 @@ def test_chat_prints_the_greedy_answer_alone_whatever_the_folder_suggests(tmp_pa
     reference, processor = theirs(folder), AutoProcessor.from_pretrained(folder)
     content = [{"type": "image", "image": image}, {"type": "text", "text": QUESTION}]
     inputs = processor.apply_chat_template(
-        [{"role": "user", "content": content}], tokenize=True, return_dict=True,
-        add_generation_prompt=True, return_tensors="pt")
-    new = reference.generate(**inputs, do_sample=False, max_new_tokens=8,
-                             suppress_tokens=[reference.config.image_token_id])
-    new = new[0, inputs["input_ids"].shape[1]:]
+        [{"role": "user", "content": content}],
+        tokenize=True,
+        return_dict=True,
+        add_generation_prompt=True,
+        return_tensors="pt",
+    )
+    new = reference.generate(
+        **inputs,
+        do_sample=False,
+        max_new_tokens=8,
+        suppress_tokens=[reference.config.image_token_id],
+    )
+    new = new[0, inputs["input_ids"].shape[1] :]
     suggested = dict(do_sample=True, temperature=9.0, repetition_penalty=3.0, top_k=5)
     edit(folder / "generation_config.json", **suggested)
     capsys.readouterr()
-    assert llava.main(["chat", "--model_name_or_path", str(folder), "--max_new_tokens", "8",
-                       "--image", str(picture), "--prompt", QUESTION]) == 0
+    assert (
+        llava.main(
+            [
+                "chat",
+                "--model_name_or_path",
+                str(folder),
+                "--max_new_tokens",
+                "8",
+                "--image",
+                str(picture),
+                "--prompt",
+                QUESTION,
+            ]
+        )
+        == 0
+    )
     out = capsys.readouterr().out
     assert out == processor.decode(new, skip_special_tokens=True).strip() + "\n" != "\n"
 
 
 def test_chat_remembers_the_conversation_and_survives_a_wrong_line(
-        good, tmp_path, capsys, monkeypatch):
+    good, tmp_path, capsys, monkeypatch
+):
     Image.new("RGB", (30, 50), (9, 99, 199)).save(tmp_path / "a.png")
     seen, reply = [], llava.reply
 
@@ -1155,8 +1647,15 @@ def test_chat_remembers_the_conversation_and_survives_a_wrong_line(
         return answer
 
     monkeypatch.setattr(llava, "reply", spy)
-    lines = ["hello", f"/image {tmp_path}/none.png", f"/image {tmp_path}/a.png", "What is it?",
-             "one <image> too many", "and now?", ""]
+    lines = [
+        "hello",
+        f"/image {tmp_path}/none.png",
+        f"/image {tmp_path}/a.png",
+        "What is it?",
+        "one <image> too many",
+        "and now?",
+        "",
+    ]
     monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
     capsys.readouterr()
     assert llava.main(["chat", "--model_name_or_path", str(good[0]), "--max_new_tokens", "4"]) == 0
@@ -1166,16 +1665,31 @@ def test_chat_remembers_the_conversation_and_survives_a_wrong_line(
     assert a in out and b in out and c in out and "none.png" in err and err.count("\n") == 3
 
 
-@pytest.mark.parametrize("config, more", [
-    (Gemma2Config, {"head_dim": 8, "initializer_range": 0.02}), (CohereConfig, {}),
-    (GraniteConfig, {"logits_scaling": 4.0}), (PhiConfig, {})])
+@pytest.mark.parametrize(
+    "config, more",
+    [
+        (Gemma2Config, {"head_dim": 8, "initializer_range": 0.02}),
+        (CohereConfig, {}),
+        (GraniteConfig, {"logits_scaling": 4.0}),
+        (PhiConfig, {}),
+    ],
+)
 def test_language_models_whose_logits_are_no_plain_linear_are_refused(
-        tmp_path, capsys, config, more):
+    tmp_path, capsys, config, more
+):
     vision, text = parts(tmp_path)
     config = config(**dict(SMALL, **more), num_key_value_heads=2, vocab_size=400, pad_token_id=0)
     AutoModelForCausalLM.from_config(config).save_pretrained(text)
-    assert config.model_type in refused(capsys, "build", "--vision_tower", vision,
-                                        "--language_model", text, "--out", tmp_path / "out")
+    assert config.model_type in refused(
+        capsys,
+        "build",
+        "--vision_tower",
+        vision,
+        "--language_model",
+        text,
+        "--out",
+        tmp_path / "out",
+    )
     assert sorted(p.name for p in tmp_path.iterdir()) == ["text", "vision"]
 
 
@@ -1198,8 +1712,10 @@ FAULTS = {  # what is changed in config.json, or done to the folder > what the o
     "damaged": (lambda f: os.truncate(f / "model.safetensors", 5000), "model.safetensors"),
     "damaged bin": (lambda f: instead(f, "pytorch_model.bin", "damaged"), "pytorch_model.bin"),
     "broken index": (lambda f: instead(f, "model.safetensors.index.json", "[]"), "index.json"),
-    "absent shard": (lambda f: instead(
-        f, "model.safetensors.index.json", '{"weight_map": {"a": "gone"}}'), "gone"),
+    "absent shard": (
+        lambda f: instead(f, "model.safetensors.index.json", '{"weight_map": {"a": "gone"}}'),
+        "gone",
+    ),
     "missing": (lambda f: change_tensors(f, lambda t: t.pop(BIAS)), BIAS),
     "unexpected": (lambda f: change_tensors(f, lambda t: t.update(other=torch.ones(1))), "other"),
     "mis-shaped": (lambda f: change_tensors(f, lambda t: t.update({BIAS: t[BIAS][1:]})), BIAS),
@@ -1887,20 +2403,43 @@ def world(tmp_path_factory):
     rng = np.random.default_rng(0)
     (root / "images").mkdir()
     for i in range(12):
-        Image.fromarray(rng.integers(0, 255, (20 + i, 30, 3), np.uint8)).save(root / f"images/{i}.png")
-    turns = [("What is in the picture?", "A red circle."), ("Hello", "A blue square, a circle."),
-             ("hi?", "no")]
+        Image.fromarray(rng.integers(0, 255, (20 + i, 30, 3), np.uint8)).save(
+            root / f"images/{i}.png"
+        )
+    turns = [
+        ("What is in the picture?", "A red circle."),
+        ("Hello", "A blue square, a circle."),
+        ("hi?", "no"),
+    ]
     rows = []
     for i in range(12):
         pictures = [1, 0, 2, 1][i % 4]
-        asked = turns[:1 + i % 3]
-        rows.append({"id": f"r{i}", "image": [f"{(i + j) % 12}.png" for j in range(pictures)],
-                     "conversations": [
-                         {"from": who, "value": "<image>\n" * (pictures * (k == 0 and who == "human")) + words}
-                         for k, turn in enumerate(asked) for who, words in zip(("human", "gpt"), turn)]})
-    captions = [{"id": f"c{i}", "image": f"{i}.png", "conversations": [
-        {"from": "human", "value": "<image>\nDescribe it."}, {"from": "gpt", "value": f"circle {i}"}]}
-        for i in range(12)]
+        asked = turns[: 1 + i % 3]
+        rows.append(
+            {
+                "id": f"r{i}",
+                "image": [f"{(i + j) % 12}.png" for j in range(pictures)],
+                "conversations": [
+                    {
+                        "from": who,
+                        "value": "<image>\n" * (pictures * (k == 0 and who == "human")) + words,
+                    }
+                    for k, turn in enumerate(asked)
+                    for who, words in zip(("human", "gpt"), turn)
+                ],
+            }
+        )
+    captions = [
+        {
+            "id": f"c{i}",
+            "image": f"{i}.png",
+            "conversations": [
+                {"from": "human", "value": "<image>\nDescribe it."},
+                {"from": "gpt", "value": f"circle {i}"},
+            ],
+        }
+        for i in range(12)
+    ]
     (root / "rows.json").write_text(json.dumps(rows))
     (root / "captions.json").write_text(json.dumps(captions))
     return root
@@ -1908,11 +2447,26 @@ def world(tmp_path_factory):
 
 def run(world, out, **flags):
     """Trains through main(argv) and returns (exit status, standard output, error output)."""
-    flags = {"model_name_or_path": world / "llava", "data_path": world / "rows.json",
-             "image_folder": world / "images", "output_dir": out, "train_type": "full", "bf16": False,
-             "learning_rate": 1e-2, "max_steps": 6, "per_device_train_batch_size": 4, "eval_samples": 2,
-             "max_new_tokens": 4, "dataloader_num_workers": 0} | flags
-    argv = [word for key, value in flags.items() if value is not None for word in (f"--{key}", str(value))]
+    flags = {
+        "model_name_or_path": world / "llava",
+        "data_path": world / "rows.json",
+        "image_folder": world / "images",
+        "output_dir": out,
+        "train_type": "full",
+        "bf16": False,
+        "learning_rate": 1e-2,
+        "max_steps": 6,
+        "per_device_train_batch_size": 4,
+        "eval_samples": 2,
+        "max_new_tokens": 4,
+        "dataloader_num_workers": 0,
+    } | flags
+    argv = [
+        word
+        for key, value in flags.items()
+        if value is not None
+        for word in (f"--{key}", str(value))
+    ]
     output, error = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(output), contextlib.redirect_stderr(error):
         status = train.main(argv)
@@ -1928,7 +2482,11 @@ def losses_of(out):
 
 
 def weights_of(out):
-    return {k: v for file in (Path(out) / "final").glob("*.safetensors") for k, v in load_file(file).items()}
+    return {
+        k: v
+        for file in (Path(out) / "final").glob("*.safetensors")
+        for k, v in load_file(file).items()
+    }
 
 
 def test_any_split_of_a_window_gives_the_same_gradients(world):
@@ -1941,8 +2499,11 @@ def test_any_split_of_a_window_gives_the_same_gradients(world):
         if checkpointing:
             model.language_model.gradient_checkpointing_enable({"use_reentrant": False})
         collate = data.Collator(model.config.image_token_id, model.tokens_per_picture)
-        batches = [collate([rows[i] for i in batch]) for rank in range(world_size)
-                   for batch in data.micro_batches(steps, accumulation, world_size, rank)]
+        batches = [
+            collate([rows[i] for i in batch])
+            for rank in range(world_size)
+            for batch in data.micro_batches(steps, accumulation, world_size, rank)
+        ]
         tokens = sum((b["labels"] >= 0).sum() for b in batches)
         for b in reversed(batches) if reverse else batches:
             (model(b["input_ids"], b["pixel_values"], b["labels"])[0] / tokens).backward()
@@ -1950,22 +2511,35 @@ def test_any_split_of_a_window_gives_the_same_gradients(world):
 
     whole = gradients(1)
     assert whole.norm() > 1e-3
-    for split in (dict(accumulation=12), dict(accumulation=3, reverse=True),
-                  dict(accumulation=2, world_size=3), dict(accumulation=1, checkpointing=True)):
+    for split in (
+        dict(accumulation=12),
+        dict(accumulation=3, reverse=True),
+        dict(accumulation=2, world_size=3),
+        dict(accumulation=1, checkpointing=True),
+    ):
         assert (gradients(**split) - whole).abs().max() < 1e-10, split
 
 
 def test_the_loop_is_plain_adamw_with_clipping_and_schedule(world, tmp_path):
     """Six steps of the program against ten lines of torch; 3 x 4 accumulated = 12 at once."""
-    status, *_ = run(world, tmp_path / "a", gradient_accumulation_steps=3, weight_decay=0.1, mm_projector_lr=3e-3)
+    status, *_ = run(
+        world, tmp_path / "a", gradient_accumulation_steps=3, weight_decay=0.1, mm_projector_lr=3e-3
+    )
     assert status == 0
     model = llava.from_pretrained(world / "llava", torch.float32)
     rows = data.open_dataset(world / "rows.json", world / "images", world / "llava")
     collate = data.Collator(model.config.image_token_id, model.tokens_per_picture)
     named = list(model.named_parameters())
     optimizer = torch.optim.AdamW(
-        [{"params": [p], "lr": 3e-3 if "projector" in name else 1e-2, "weight_decay": 0.1 if p.ndim > 1 else 0}
-         for name, p in named])
+        [
+            {
+                "params": [p],
+                "lr": 3e-3 if "projector" in name else 1e-2,
+                "weight_decay": 0.1 if p.ndim > 1 else 0,
+            }
+            for name, p in named
+        ]
+    )
     scheduler = get_cosine_schedule_with_warmup(optimizer, 1, 6)
     losses = []
     for _ in range(6):
@@ -1984,28 +2558,44 @@ def test_the_loop_is_plain_adamw_with_clipping_and_schedule(world, tmp_path):
 
 
 def test_schedules_are_those_of_transformers():
-    for kind, make in (("cosine", get_cosine_schedule_with_warmup), ("linear", get_linear_schedule_with_warmup)):
+    for kind, make in (
+        ("cosine", get_cosine_schedule_with_warmup),
+        ("linear", get_linear_schedule_with_warmup),
+    ):
         optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
         scheduler = make(optimizer, 3, 20)
         for step in range(20):
-            assert train.schedule(step, 20, 3, kind) == pytest.approx(scheduler.get_last_lr()[0], abs=1e-12)
+            assert train.schedule(step, 20, 3, kind) == pytest.approx(
+                scheduler.get_last_lr()[0], abs=1e-12
+            )
             optimizer.step(), scheduler.step()
     assert train.schedule(5, 20, 3, "constant") == 1
 
 
-@pytest.mark.parametrize("train_type, moved", [
-    ("projector", {"multi_modal_projector"}),
-    ("freeze_vision", {"multi_modal_projector", "language_model"}),
-    ("full", {"multi_modal_projector", "language_model", "vision_tower"})])
+@pytest.mark.parametrize(
+    "train_type, moved",
+    [
+        ("projector", {"multi_modal_projector"}),
+        ("freeze_vision", {"multi_modal_projector", "language_model"}),
+        ("full", {"multi_modal_projector", "language_model", "vision_tower"}),
+    ],
+)
 def test_each_train_type_moves_its_modules_and_no_other(world, tmp_path, train_type, moved):
     """Traps 16, 17, 18. Every weight of a moving module moves (but k_proj.bias, which softmax ignores)."""
     captions = {"data_path": world / "captions.json"} if train_type == "projector" else {}
-    assert run(world, tmp_path / "a", train_type=train_type, max_steps=2, warmup_ratio=0, **captions)[0] == 0
+    assert (
+        run(world, tmp_path / "a", train_type=train_type, max_steps=2, warmup_ratio=0, **captions)[
+            0
+        ]
+        == 0
+    )
     before, after = load_file(world / "llava" / "model.safetensors"), weights_of(tmp_path / "a")
     assert before.keys() == after.keys()
     built_tower = llava.from_pretrained(world / "llava").state_dict()
     for name in before:
-        should = name.split(".")[0] in moved and name in built_tower and not name.endswith("k_proj.bias")
+        should = (
+            name.split(".")[0] in moved and name in built_tower and not name.endswith("k_proj.bias")
+        )
         same = torch.equal(before[name], after[name])
         assert same != should or name.endswith("k_proj.bias"), name
 
@@ -2016,8 +2606,15 @@ LORA = dict(train_type="use_lora", lora_r=4, lora_alpha=8, learning_rate=1e-2, m
 @pytest.mark.parametrize("kind", [{}, {"bf16": True}, LORA, {**LORA, "bits": 4}])
 def test_a_run_that_was_interrupted_equals_one_that_was_not(world, tmp_path, kind):
     """Trap 40: bit for bit, losses and weights, in the middle of an epoch, dropout included."""
-    flags = dict(save_steps=2, save_total_limit=-1, per_device_train_batch_size=2,
-                 validation_data_path=world / "rows.json") | kind
+    flags = (
+        dict(
+            save_steps=2,
+            save_total_limit=-1,
+            per_device_train_batch_size=2,
+            validation_data_path=world / "rows.json",
+        )
+        | kind
+    )
     assert run(world, tmp_path / "a", **flags)[0] == 0
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     for gone in ("final", "checkpoint-6"):
@@ -2025,22 +2622,52 @@ def test_a_run_that_was_interrupted_equals_one_that_was_not(world, tmp_path, kin
     (tmp_path / "b" / "checkpoint-7.part").mkdir()  # what a run leaves that dies while it saves
     status, output, _ = run(world, tmp_path / "b", **flags, resume_from_checkpoint="latest")
     assert status == 0 and "checkpoint-4" in output
-    assert losses_of(tmp_path / "a") == losses_of(tmp_path / "b") and len(losses_of(tmp_path / "a")) == 6
+    assert (
+        losses_of(tmp_path / "a") == losses_of(tmp_path / "b")
+        and len(losses_of(tmp_path / "a")) == 6
+    )
     a, b = weights_of(tmp_path / "a"), weights_of(tmp_path / "b")
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert [m for m in metrics_of(tmp_path / "a") if "eval_loss" in m] == [
-        m for m in metrics_of(tmp_path / "b") if "eval_loss" in m]
-    assert run(world, tmp_path / "b", **flags, resume_from_checkpoint="latest")[1].endswith("complete\n")
+        m for m in metrics_of(tmp_path / "b") if "eval_loss" in m
+    ]
+    assert run(world, tmp_path / "b", **flags, resume_from_checkpoint="latest")[1].endswith(
+        "complete\n"
+    )
 
 
 def test_sigterm_saves_and_the_run_goes_on_to_the_same_end(world, tmp_path):
     flags = dict(max_steps=40, per_device_train_batch_size=2)
     assert run(world, tmp_path / "a", **flags)[0] == 0
-    argv = ["--model_name_or_path", world / "llava", "--data_path", world / "rows.json", "--image_folder",
-            world / "images", "--output_dir", tmp_path / "b", "--train_type", "full", "--bf16", "False",
-            "--learning_rate", 1e-2, "--max_steps", 40, "--per_device_train_batch_size", 2,
-            "--eval_samples", 2, "--max_new_tokens", 4, "--dataloader_num_workers", 1]
-    process = subprocess.Popen([sys.executable, HERE / "train.py", *map(str, argv)], stdout=subprocess.PIPE, text=True)
+    argv = [
+        "--model_name_or_path",
+        world / "llava",
+        "--data_path",
+        world / "rows.json",
+        "--image_folder",
+        world / "images",
+        "--output_dir",
+        tmp_path / "b",
+        "--train_type",
+        "full",
+        "--bf16",
+        "False",
+        "--learning_rate",
+        1e-2,
+        "--max_steps",
+        40,
+        "--per_device_train_batch_size",
+        2,
+        "--eval_samples",
+        2,
+        "--max_new_tokens",
+        4,
+        "--dataloader_num_workers",
+        1,
+    ]
+    process = subprocess.Popen(
+        [sys.executable, HERE / "train.py", *map(str, argv)], stdout=subprocess.PIPE, text=True
+    )
     for line in process.stdout:
         if line.startswith("5/40"):
             process.send_signal(signal.SIGTERM)
@@ -2054,7 +2681,18 @@ def test_sigterm_saves_and_the_run_goes_on_to_the_same_end(world, tmp_path):
 def test_bf16_keeps_fp32_masters_and_sums(world):
     """Small gradients survive accumulation, and updates too small for bf16 are not lost."""
     model = llava.from_pretrained(world / "llava", torch.bfloat16)
-    args = train.parse(["--model_name_or_path", "x", "--data_path", "x", "--output_dir", "x", "--train_type", "projector"])
+    args = train.parse(
+        [
+            "--model_name_or_path",
+            "x",
+            "--data_path",
+            "x",
+            "--output_dir",
+            "x",
+            "--train_type",
+            "projector",
+        ]
+    )
     for name, p in model.named_parameters():
         p.requires_grad_(name == "multi_modal_projector.linear_1.weight")
     engine = train.Plain(model, args)
@@ -2062,7 +2700,9 @@ def test_bf16_keeps_fp32_masters_and_sums(world):
     for _ in range(300):  # bf16 alone would stop at 256 + 1 = 256
         engine.backward(weight.float().sum(), last=False)
     (master,) = engine.masters.values()
-    assert master.grad.unique().item() == 300 and weight.grad is None and master.dtype == torch.float32
+    assert (
+        master.grad.unique().item() == 300 and weight.grad is None and master.dtype == torch.float32
+    )
     before = master.clone()
     for _ in range(20):
         engine.backward(weight.float().sum(), last=True)
@@ -2072,7 +2712,9 @@ def test_bf16_keeps_fp32_masters_and_sums(world):
 
 def test_evaluation_equals_transformers(world):
     """Token-weighted loss and greedy answers, whatever the batch size; and the model trains on after it."""
-    reference = LlavaForConditionalGeneration.from_pretrained(world / "llava", dtype=torch.float32).eval()
+    reference = LlavaForConditionalGeneration.from_pretrained(
+        world / "llava", dtype=torch.float32
+    ).eval()
     rows = data.open_dataset(world / "rows.json", world / "images", world / "llava")
     collate, text = data.Collator(reference.config.image_token_id, 4), rows.text
     loss, right, tokens, answers = 0.0, 0, 0, []
@@ -2087,20 +2729,54 @@ def test_evaluation_equals_transformers(world):
         turns = data.parse_record(rows.records[i])[0]
         for k in range(1, len(turns), 2):
             ids = torch.tensor([text.ids_and_labels(turns[:k], prompt=True)[0]])
-            item = {"input_ids": ids[0], "labels": ids[0], "pixel_values": b["pixel_values"], "row": 0, "cut": 0, "fault": None}
-            new = reference.generate(input_ids=collate([item])["input_ids"], **pixels, max_new_tokens=6,
-                                     do_sample=False, eos_token_id=text.stop_ids,
-                                     suppress_tokens=[reference.config.image_token_id])
-            answers.append(text.tokenizer.decode(new[0][len(collate([item])["input_ids"][0]):], skip_special_tokens=True).strip())
+            item = {
+                "input_ids": ids[0],
+                "labels": ids[0],
+                "pixel_values": b["pixel_values"],
+                "row": 0,
+                "cut": 0,
+                "fault": None,
+            }
+            new = reference.generate(
+                input_ids=collate([item])["input_ids"],
+                **pixels,
+                max_new_tokens=6,
+                do_sample=False,
+                eos_token_id=text.stop_ids,
+                suppress_tokens=[reference.config.image_token_id],
+            )
+            answers.append(
+                text.tokenizer.decode(
+                    new[0][len(collate([item])["input_ids"][0]) :], skip_special_tokens=True
+                ).strip()
+            )
     model = llava.from_pretrained(world / "llava")
     for size in (1, 5):
-        args = train.parse(["--model_name_or_path", "x", "--eval_only", "--validation_data_path", "x", "--eval_samples", "-1",
-                            "--max_new_tokens", "6", "--per_device_eval_batch_size", str(size), "--dataloader_num_workers", "0"])
+        args = train.parse(
+            [
+                "--model_name_or_path",
+                "x",
+                "--eval_only",
+                "--validation_data_path",
+                "x",
+                "--eval_samples",
+                "-1",
+                "--max_new_tokens",
+                "6",
+                "--per_device_eval_batch_size",
+                str(size),
+                "--dataloader_num_workers",
+                "0",
+            ]
+        )
         metrics, predictions = train.evaluate(model, rows, train.Alone(), collate, args, "cpu")
         assert metrics["eval_loss"] == pytest.approx(loss / tokens, abs=1e-5)
         assert metrics["eval_token_accuracy"] == pytest.approx(right / tokens)
         assert [p["prediction"] for p in predictions] == answers and len(answers) == 24
-        assert metrics["eval_exact_match"] == sum(p["prediction"] == p["answer"] for p in predictions) / 24
+        assert (
+            metrics["eval_exact_match"]
+            == sum(p["prediction"] == p["answer"] for p in predictions) / 24
+        )
     train.training_mode(model)
     assert model.language_model.training and not model.vision_tower.training  # trap 28
 
@@ -2108,20 +2784,52 @@ def test_evaluation_equals_transformers(world):
 @pytest.mark.parametrize("stage", [2, 3])
 def test_two_processes_under_zero_equal_one(world, tmp_path, stage):
     """Rows of every kind, two ranks with accumulation 2, clipping at work; losses and weights to 1e-5."""
-    flags = {"model_name_or_path": world / "llava", "data_path": world / "rows.json", "image_folder": world / "images",
-             "train_type": "full", "bf16": False, "learning_rate": 1e-3, "max_steps": 5, "eval_samples": 3,
-             "max_new_tokens": 4, "dataloader_num_workers": 0, "validation_data_path": world / "rows.json", "save_steps": 3,
-             "save_total_limit": -1}
+    flags = {
+        "model_name_or_path": world / "llava",
+        "data_path": world / "rows.json",
+        "image_folder": world / "images",
+        "train_type": "full",
+        "bf16": False,
+        "learning_rate": 1e-3,
+        "max_steps": 5,
+        "eval_samples": 3,
+        "max_new_tokens": 4,
+        "dataloader_num_workers": 0,
+        "validation_data_path": world / "rows.json",
+        "save_steps": 3,
+        "save_total_limit": -1,
+    }
     assert run(world, tmp_path / "a", **flags, per_device_train_batch_size=8)[0] == 0
-    flags |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "deepspeed": HERE / f"ds_zero{stage}.json"}
+    flags |= {
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "deepspeed": HERE / f"ds_zero{stage}.json",
+    }
     argv = [str(word) for key, value in flags.items() for word in (f"--{key}", value)]
-    launch = [Path(sys.executable).with_name("deepspeed"), "--num_gpus", "2", "--master_port", str(29600 + stage),
-              HERE / "train.py", *argv, "--output_dir"]
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
-    subprocess.run([*map(str, launch), str(tmp_path / "b")], check=True, env=environment, timeout=400)
+    launch = [
+        Path(sys.executable).with_name("deepspeed"),
+        "--num_gpus",
+        "2",
+        "--master_port",
+        str(29600 + stage),
+        HERE / "train.py",
+        *argv,
+        "--output_dir",
+    ]
+    environment = {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "OMP_NUM_THREADS": "1",
+    }
+    subprocess.run(
+        [*map(str, launch), str(tmp_path / "b")], check=True, env=environment, timeout=400
+    )
     a, b = weights_of(tmp_path / "a"), weights_of(tmp_path / "b")
     # Keys' biases are left out: softmax ignores them, so AdamW scales up what rounding leaves of zero.
-    assert max((a[name] - b[name]).abs().max() for name in a if not name.endswith("k_proj.bias")) < 1e-5
+    assert (
+        max((a[name] - b[name]).abs().max() for name in a if not name.endswith("k_proj.bias"))
+        < 1e-5
+    )
     assert losses_of(tmp_path / "a") == pytest.approx(losses_of(tmp_path / "b"), abs=1e-5)
     one, two = ([m for m in metrics_of(tmp_path / out) if "eval_loss" in m] for out in "ab")
     assert [m["eval_loss"] for m in one] == pytest.approx([m["eval_loss"] for m in two], abs=1e-5)
@@ -2133,7 +2841,9 @@ def test_an_aspect_ratio_that_was_trained_with_is_saved(world, tmp_path):
     """What transformers' processor does with the saved folder is what training did."""
     assert run(world, tmp_path / "a", image_aspect_ratio="square", max_steps=1)[0] == 0
     image = Image.open(world / "images" / "3.png")
-    pixels = AutoProcessor.from_pretrained(tmp_path / "a" / "final").image_processor(image)["pixel_values"][0]
+    pixels = AutoProcessor.from_pretrained(tmp_path / "a" / "final").image_processor(image)[
+        "pixel_values"
+    ][0]
     for ratio, same in (("square", True), ("pad", False)):
         ours = PictureTransform.from_pretrained(world / "llava", ratio)(image)
         assert (np.abs(ours - pixels).max() < 1e-5) == same
@@ -2143,7 +2853,10 @@ def test_an_aspect_ratio_that_was_trained_with_is_saved(world, tmp_path):
 def test_two_stages_follow_each_other(world, tmp_path):
     """Stage 1 leaves the folder's template alone; stage 2 saves the one that it trains with, and chat uses it (trap 38)."""
     one, two = tmp_path / "one", tmp_path / "two"
-    assert run(world, one, train_type="projector", data_path=world / "captions.json", max_steps=2)[0] == 0
+    assert (
+        run(world, one, train_type="projector", data_path=world / "captions.json", max_steps=2)[0]
+        == 0
+    )
     template = lambda folder: (folder / "chat_template.jinja").read_text()  # noqa: E731
     assert template(one / "final") == template(world / "llava")
     assert run(world, two, model_name_or_path=one / "final", version="v1", max_steps=2)[0] == 0
@@ -2155,8 +2868,14 @@ def test_two_stages_follow_each_other(world, tmp_path):
 def test_text_only_rows_train_and_evaluate(world, tmp_path):
     rows = [r for r in json.loads((world / "rows.json").read_text()) if not r["image"]]
     (tmp_path / "text.json").write_text(json.dumps(rows))
-    status, output, error = run(world, tmp_path / "a", data_path=tmp_path / "text.json", image_folder=None,
-                                validation_data_path=tmp_path / "text.json", per_device_train_batch_size=2)
+    status, output, error = run(
+        world,
+        tmp_path / "a",
+        data_path=tmp_path / "text.json",
+        image_folder=None,
+        validation_data_path=tmp_path / "text.json",
+        per_device_train_batch_size=2,
+    )
     assert status == 0, error
     assert losses_of(tmp_path / "a")[-1] < losses_of(tmp_path / "a")[0]
 
@@ -2167,12 +2886,32 @@ def test_a_bad_record_stops_the_run_or_is_skipped_and_counted(world, tmp_path):
     rows[5]["image"] = "missing.png"
     rows[5]["conversations"][0]["value"] = "<image>\nWhat?"
     (tmp_path / "rows.json").write_text(json.dumps(rows))
+    rows[6]["kinds"] = ["one of two"]  # not what ours means: an extra key, like any other
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
     for workers in (0, 1):
-        status, _, error = run(world, tmp_path / f"a{workers}", data_path=tmp_path / "rows.json", dataloader_num_workers=workers)
-        assert status == 2 and error.count("\n") == 1 and "row 5 (id r5)" in error and "missing.png" in error
-    status, _, error = run(world, tmp_path / "b", data_path=tmp_path / "rows.json", on_bad_record="skip", max_steps=3)
-    assert status == 0
-    assert sum(m["samples_per_s"] > 0 for m in metrics_of(tmp_path / "b")) == 3
+        status, _, error = run(
+            world,
+            tmp_path / f"a{workers}",
+            data_path=tmp_path / "rows.json",
+            dataloader_num_workers=workers,
+        )
+        assert (
+            status == 2
+            and error.count("\n") == 1
+            and "row 5 (id r5)" in error
+            and "missing.png" in error
+        )
+    status, _, error = run(
+        world,
+        tmp_path / "b",
+        data_path=tmp_path / "rows.json",
+        on_bad_record="skip",
+        max_steps=3,
+        validation_data_path=tmp_path / "rows.json",
+        eval_samples=-1,
+    )
+    assert status == 0 and error.count("skipped: ") >= 3
+    assert sum(m.get("samples_per_s", 0) > 0 for m in metrics_of(tmp_path / "b")) == 3
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_its_records(world, tmp_path):
@@ -2180,31 +2919,46 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_its_records(world, tm
     tensors = load_file(tmp_path / "nan" / "model.safetensors")
     tensors["multi_modal_projector.linear_2.bias"][0] = float("nan")
     from safetensors.torch import save_file
+
     save_file(tensors, tmp_path / "nan" / "model.safetensors", metadata={"format": "pt"})
     status, _, error = run(world, tmp_path / "a", model_name_or_path=tmp_path / "nan")
-    assert status == 2 and "the loss is nan" in error and "id r" in error and not (tmp_path / "a" / "final").exists()
+    assert (
+        status == 2
+        and "the loss is nan" in error
+        and "id r" in error
+        and not (tmp_path / "a" / "final").exists()
+    )
 
 
-@pytest.mark.parametrize("flags, says", [
-    (dict(train_type="adapter"), "invalid choice"),
-    (dict(bf16="maybe"), "neither True nor False"),
-    (dict(data_path="no.json"), "no.json"),
-    (dict(model_name_or_path="nowhere"), "nowhere"),
-    (dict(image_folder="nowhere"), "nowhere"),
-    (dict(image_folder=None), "--image_folder"),
-    (dict(resume_from_checkpoint="nowhere", output_dir="HELD"), "nowhere"),
-    (dict(output_dir="HELD"), "--resume_from_checkpoint latest"),
-    (dict(output_dir="HELD", resume_from_checkpoint="latest", learning_rate=1), "--learning_rate"),
-    (dict(output_dir="OTHER"), "no run"),
-    (dict(output_dir="SOURCE"), "the model comes from there"),
-    (dict(deepspeed="no.json"), "no.json"),
-    (dict(resume_from_checkpoint="nowhere"), "no run there"),
-    (dict(eval_only=True, validation_data_path="rows.json", output_dir="OTHER"), "no run"),
-    (dict(per_device_train_batch_size=0), "less than 1"),
-    (dict(train_type="use_lora", image_aspect_ratio="square"), "no place for another"),
-    (dict(model_max_length=8), "model_max_length"),
-    (dict(data_path=None), "--data_path is needed"),
-])
+@pytest.mark.parametrize(
+    "flags, says",
+    [
+        (dict(train_type="adapter"), "invalid choice"),
+        (dict(bf16="maybe"), "neither True nor False"),
+        (dict(data_path="no.json"), "no.json"),
+        (dict(model_name_or_path="nowhere"), "nowhere"),
+        (dict(image_folder="nowhere"), "nowhere"),
+        (dict(image_folder=None), "--image_folder"),
+        (dict(resume_from_checkpoint="nowhere", output_dir="HELD"), "nowhere"),
+        (dict(output_dir="HELD"), "--resume_from_checkpoint latest"),
+        (
+            dict(output_dir="HELD", resume_from_checkpoint="latest", learning_rate=1),
+            "--learning_rate",
+        ),
+        (dict(output_dir="OTHER"), "no run"),
+        (dict(output_dir="SOURCE"), "the model comes from there"),
+        (dict(deepspeed="no.json"), "no.json"),
+        (dict(resume_from_checkpoint="nowhere"), "no run there"),
+        (dict(eval_only=True, validation_data_path="rows.json", output_dir="OTHER"), "no run"),
+        (dict(per_device_train_batch_size=0), "is not from 1"),
+        (dict(learning_rate="nan"), "is not from 0"),
+        (dict(num_train_epochs=-1), "is not from"),
+        (dict(train_type="use_lora", lora_target_modules=".*q_proj"), "decoder's layers only"),
+        (dict(train_type="use_lora", image_aspect_ratio="square"), "no place for another"),
+        (dict(model_max_length=8), "model_max_length"),
+        (dict(data_path=None), "--data_path is needed"),
+    ],
+)
 def test_bad_flags_are_one_line_and_write_nothing(world, tmp_path, flags, says):
     """Traps 9, 16, 35. Exit status 2, as argparse's own."""
     (tmp_path / "held").mkdir()
@@ -2214,8 +2968,11 @@ def test_bad_flags_are_one_line_and_write_nothing(world, tmp_path, flags, says):
     if args:
         shutil.rmtree(tmp_path / "held2" / "final")
     flags = {"max_steps": 1, "warmup_ratio": 0.03} | flags
-    flags["output_dir"] = {"HELD": tmp_path / "held2", "OTHER": tmp_path / "other", "SOURCE": world / "llava"}.get(
-        flags.get("output_dir"), tmp_path / "new")
+    flags["output_dir"] = {
+        "HELD": tmp_path / "held2",
+        "OTHER": tmp_path / "other",
+        "SOURCE": world / "llava",
+    }.get(flags.get("output_dir"), tmp_path / "new")
     before = sorted(world.rglob("*")), sorted(tmp_path.rglob("*"))
     try:
         status, _, text = run(world, **{"out": flags.pop("output_dir")}, **flags)
@@ -2226,48 +2983,113 @@ def test_bad_flags_are_one_line_and_write_nothing(world, tmp_path, flags, says):
 
 
 def test_flags_of_llavas_scripts_are_taken_where_they_change_nothing(capsys):
-    argv = ["--model_name_or_path=x", "--data_path", "x", "--output_dir", "x", "--train_type", "full"]
+    argv = [
+        "--model_name_or_path=x",
+        "--data_path",
+        "x",
+        "--output_dir",
+        "x",
+        "--train_type",
+        "full",
+    ]
     same = ["--lazy_preprocess", "True", "--lora_enable=False", "--mm_vision_select_layer", "-2"]
     assert vars(train.parse(argv + same)) == vars(train.parse(argv))
     with pytest.raises(SystemExit) as stop:
         train.parse([*argv, "--lora_enable", "True"])
-    assert stop.value.code == 2 and capsys.readouterr().err.endswith("--lora_enable True: use --train_type use_lora\n")
+    assert stop.value.code == 2 and capsys.readouterr().err.endswith(
+        "--lora_enable True: use --train_type use_lora\n"
+    )
 
 
 def test_published_defaults():
     """facts: LLaVA-1.5's scripts."""
+
     def of(kind, *more):
-        return train.parse(["--model_name_or_path", "x", "--data_path", "x", "--output_dir", "x", "--train_type", kind, *more])
+        return train.parse(
+            [
+                "--model_name_or_path",
+                "x",
+                "--data_path",
+                "x",
+                "--output_dir",
+                "x",
+                "--train_type",
+                kind,
+                *more,
+            ]
+        )
+
     args = of("projector", "--local_rank=3")  # trap 41: the launcher's flag
-    assert (args.learning_rate, args.version, args.warmup_ratio, args.weight_decay) == (1e-3, "plain", 0.03, 0)
-    assert (args.lr_scheduler_type, args.model_max_length, args.max_grad_norm) == ("cosine", 2048, 1.0)
+    assert (args.learning_rate, args.version, args.warmup_ratio, args.weight_decay) == (
+        1e-3,
+        "plain",
+        0.03,
+        0,
+    )
+    assert (args.lr_scheduler_type, args.model_max_length, args.max_grad_norm) == (
+        "cosine",
+        2048,
+        1.0,
+    )
     assert args.per_device_train_batch_size == 32 and not args.gradient_checkpointing
     args = of("use_lora")
-    assert (args.learning_rate, args.mm_projector_lr, args.lora_r, args.lora_alpha) == (2e-4, 2e-5, 128, 256)
+    assert (args.learning_rate, args.mm_projector_lr, args.lora_r, args.lora_alpha) == (
+        2e-4,
+        2e-5,
+        128,
+        256,
+    )
     assert args.per_device_train_batch_size == 16 and args.gradient_checkpointing
     args = of("freeze_vision", "--mm_projector_lr", "1e-4", "--bf16")
-    assert (args.learning_rate, args.mm_projector_lr, args.mm_vision_tower_lr, args.bf16) == (2e-5, 1e-4, 2e-5, True)
+    assert (args.learning_rate, args.mm_projector_lr, args.mm_vision_tower_lr, args.bf16) == (
+        2e-5,
+        1e-4,
+        2e-5,
+        True,
+    )
 
 
 def test_deepspeed_files_leave_the_batch_to_the_flags(tmp_path):
     """Traps 24 to 26: no "auto", bf16 on, clipping from the flags; a file that says otherwise is refused."""
-    argv = ["--model_name_or_path", "x", "--data_path", "x", "--output_dir", "x", "--train_type", "full", "--bf16", "True"]
+    argv = [
+        "--model_name_or_path",
+        "x",
+        "--data_path",
+        "x",
+        "--output_dir",
+        "x",
+        "--train_type",
+        "full",
+        "--bf16",
+        "True",
+    ]
     for stage in (2, 3):
         file = HERE / f"ds_zero{stage}.json"
         assert "auto" not in file.read_text()
         config = train.deepspeed_config(train.parse([*argv, "--deepspeed", str(file)]))
-        assert config["gradient_clipping"] == 1.0 and config["bf16"]["enabled"] and config["zero_optimization"]["stage"] == stage
-        (tmp_path / "bad.json").write_text(json.dumps({**json.loads(file.read_text()), "gradient_clipping": 2}))
+        assert (
+            config["gradient_clipping"] == 1.0
+            and config["bf16"]["enabled"]
+            and config["zero_optimization"]["stage"] == stage
+        )
+        (tmp_path / "bad.json").write_text(
+            json.dumps({**json.loads(file.read_text()), "gradient_clipping": 2})
+        )
         with pytest.raises(ValueError, match="gradient_clipping"):
             train.deepspeed_config(train.parse([*argv, "--deepspeed", str(tmp_path / "bad.json")]))
 
 
 def test_flops_are_those_of_the_closed_form(world):
     model = llava.from_pretrained(world / "llava")
-    batch = {"input_ids": torch.zeros(2, 30), "pixel_values": torch.zeros(3, 3, 28, 28),
-             "labels": torch.where(torch.arange(30) < 20, -100, 1).expand(2, 30)}
+    batch = {
+        "input_ids": torch.zeros(2, 30),
+        "pixel_values": torch.zeros(3, 3, 28, 28),
+        "labels": torch.where(torch.arange(30) < 20, -100, 1).expand(2, 30),
+    }
     D, F, V, L, T, N, P = 32, 48, model.config.text_config.vocab_size, 2, 60, 3, 5
-    decoder = 2 * T * L * (2 * D * D + 2 * D * D // 2 + 3 * D * F)  # two of four heads are key-value heads
+    decoder = (
+        2 * T * L * (2 * D * D + 2 * D * D // 2 + 3 * D * F)
+    )  # two of four heads are key-value heads
     tower = 2 * N * P * (2 * (4 * D * D + 2 * D * F) + 3 * 14 * 14 * D)
     attention = 4 * N * P * P * D * 2, 2 * 2 * 30 * 30 * D * L
     projector, head = 2 * N * 4 * 2 * D * D, 2 * 20 * D * V
@@ -2276,24 +3098,44 @@ def test_flops_are_those_of_the_closed_form(world):
     forward = tower + projector + decoder + head + sum(attention)
     assert train.count_flops(model, batch) == forward
     model.multi_modal_projector.requires_grad_(True)
-    assert train.count_flops(model, batch) == forward + 2 * projector + decoder + head + 2 * attention[1]
+    assert (
+        train.count_flops(model, batch)
+        == forward + 2 * projector + decoder + head + 2 * attention[1]
+    )
 
 
 @pytest.mark.parametrize("bits", [16, 4])
 def test_a_trained_adapter_is_the_same_model_in_peft_and_merged(world, tmp_path, bits):
     """Users' troubles 7, 9, 12: what `evaluate` saw is what PEFT and transformers run."""
     from peft import PeftModel
-    status, output, error = run(world, tmp_path / "a", **LORA | dict(
-        bits=bits, save_steps=2, validation_data_path=world / "rows.json", save_total_limit=-1))
+
+    status, output, error = run(
+        world,
+        tmp_path / "a",
+        **LORA
+        | dict(
+            bits=bits, save_steps=2, validation_data_path=world / "rows.json", save_total_limit=-1
+        ),
+    )
     assert status == 0 and "2 x language_model.model.layers.*.self_attn.q_proj" in output, error
     adapter = tmp_path / "a" / "final"
     assert (tmp_path / "a" / "checkpoint-2" / "adapter_model.safetensors").is_file()
     (adapter / "chat_template.jinja").write_text(llava.CHATML + "{# trained #}")
-    merge = ["merge", "--model_name_or_path", str(world / "llava"), "--adapter", str(adapter), "--out", str(tmp_path / "m")]
+    merge = [
+        "merge",
+        "--model_name_or_path",
+        str(world / "llava"),
+        "--adapter",
+        str(adapter),
+        "--out",
+        str(tmp_path / "m"),
+    ]
     assert lora.main(merge + ["--dequantize"] * (bits == 4)) == 0
     assert (tmp_path / "m" / "chat_template.jinja").read_text().endswith("{# trained #}")
     rows = data.open_dataset(world / "rows.json", world / "images", world / "llava")
-    merged = LlavaForConditionalGeneration.from_pretrained(tmp_path / "m", dtype=torch.float32).eval()
+    merged = LlavaForConditionalGeneration.from_pretrained(
+        tmp_path / "m", dtype=torch.float32
+    ).eval()
     b = data.Collator(merged.config.image_token_id, 4)([rows[i] for i in range(12)])
     ours = llava.open_model(world / "llava", adapter, bits, torch.float32, "cpu").eval()
     with torch.no_grad():
@@ -2302,18 +3144,35 @@ def test_a_trained_adapter_is_the_same_model_in_peft_and_merged(world, tmp_path,
         logits = merged(**inputs).logits
         assert merged(**inputs).loss.item() == pytest.approx(loss.item(), abs=1e-5)
         if bits == 16:
-            base = LlavaForConditionalGeneration.from_pretrained(world / "llava", dtype=torch.float32)
+            base = LlavaForConditionalGeneration.from_pretrained(
+                world / "llava", dtype=torch.float32
+            )
             theirs = PeftModel.from_pretrained(base, adapter).eval()(**inputs).logits
             assert (theirs - logits).abs().max() < 1e-4 and theirs.abs().max() > 1
     last = [m["eval_loss"] for m in metrics_of(tmp_path / "a") if "eval_loss" in m][-1]
-    status, output, _ = run(world, None, train_type=None, data_path=None, eval_only=True, bits=bits, adapter=adapter,
-                            validation_data_path=world / "rows.json")
+    status, output, _ = run(
+        world,
+        None,
+        train_type=None,
+        data_path=None,
+        eval_only=True,
+        bits=bits,
+        adapter=adapter,
+        validation_data_path=world / "rows.json",
+    )
     assert f"loss {last:.4f}" in output
 
 
 def test_an_adapter_goes_on_learning_and_4_bits_are_for_lora_only(world, tmp_path):
     assert run(world, tmp_path / "a", **LORA | dict(max_steps=3))[0] == 0
-    assert run(world, tmp_path / "b", **LORA | dict(max_steps=3, adapter=tmp_path / "a" / "final", warmup_ratio=0))[0] == 0
+    assert (
+        run(
+            world,
+            tmp_path / "b",
+            **LORA | dict(max_steps=3, adapter=tmp_path / "a" / "final", warmup_ratio=0),
+        )[0]
+        == 0
+    )
     assert losses_of(tmp_path / "b")[0] < losses_of(tmp_path / "a")[0]
     for wrong in (dict(bits=8), dict(bits=4), dict(adapter=tmp_path / "a" / "final")):
         with pytest.raises(SystemExit) as stop:
@@ -2321,3 +3180,72 @@ def test_an_adapter_goes_on_learning_and_4_bits_are_for_lora_only(world, tmp_pat
         assert stop.value.code == 2
     status, _, error = run(world, tmp_path / "c", **LORA | dict(lora_target_modules="nothing"))
     assert status == 2 and "nothing" in error and not (tmp_path / "c").exists()
+
+
+def test_a_damaged_run_is_named_and_a_half_written_checkpoint_passed_over(world, tmp_path):
+    flags = dict(save_steps=2, save_total_limit=-1)
+    assert run(world, tmp_path / "a", **flags)[0] == 0
+    shutil.rmtree(tmp_path / "a" / "final")
+    (tmp_path / "a" / "checkpoint-9").mkdir()
+    (tmp_path / "a" / "checkpoint-final-2").mkdir()
+    assert train.checkpoints(tmp_path / "a")[-1].name == "checkpoint-6"
+    assert run(world, tmp_path / "a", **flags, resume_from_checkpoint="latest")[0] == 0
+    shutil.rmtree(tmp_path / "a" / "final")
+    for file in ("checkpoint-6/progress.json", "run.json"):
+        (tmp_path / "a" / file).write_text("[]")
+        status, _, error = run(world, tmp_path / "a", **flags, resume_from_checkpoint="latest")
+        assert status == 2 and file in error and error.count("\n") == 1
+
+
+def readme_commands():
+    text = (HERE / "README.md").read_text().replace("\\\n", " ")
+    return [
+        line.split(None, 1) for line in re.findall(r"^    ((?:python|deepspeed) .*)$", text, re.M)
+    ]
+
+
+def test_every_command_of_the_readme_runs(world, tmp_path, monkeypatch, capsys):
+    """On small stand-ins that bear the names of the large models; what `deepspeed` starts runs as one process here."""
+    monkeypatch.chdir(tmp_path)
+    vision, text = parts(tmp_path / "parts")
+    for source, name in (
+        (vision, "openai/clip-vit-large-patch14-336"),
+        (text, "Qwen/Qwen1.5-4B-Chat"),
+        (world / "llava", "llava-hf/llava-1.5-7b-hf"),
+    ):
+        shutil.copytree(source, tmp_path / name)
+    shutil.copytree(world / "images", tmp_path / "images")
+    shutil.make_archive(str(tmp_path / "images"), "zip", world / "images")
+    shutil.copy(world / "images" / "1.png", tmp_path / "photo.jpg")
+    for name, source in (("chat", "captions"), ("instruct", "rows"), ("validation", "rows")):
+        shutil.copy(world / f"{source}.json", tmp_path / f"{name}.json")
+    ran = []
+    for program, line in readme_commands():
+        file, *argv = shlex.split(line)
+        if program == "deepspeed":
+            at = argv.index("--deepspeed")
+            assert (HERE / argv[at + 1]).is_file()
+            del argv[at : at + 2]
+        if file == "train.py":
+            argv += [
+                "--max_steps",
+                "1",
+                "--dataloader_num_workers",
+                "0",
+                "--max_new_tokens",
+                "2",
+                "--bf16",
+                "False",
+            ]
+        if "chat" in argv:
+            argv += ["--max_new_tokens", "2"]
+        assert {"train.py": train, "model.py": llava, "data.py": data, "lora.py": lora}[file].main(
+            argv
+        ) == 0, (line, capsys.readouterr().err)
+        ran.append(file)
+    assert Counter(ran)["train.py"] >= 3 and set(ran) == {
+        "train.py",
+        "model.py",
+        "data.py",
+        "lora.py",
+    }

@@ -29,6 +29,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import resource
 import secrets
 import signal
@@ -76,8 +77,13 @@ def load_model(args, source: Path, device: str):
             raise ValueError(f"--image_aspect_ratio {args.image_aspect_ratio}: {source} has {own}, "
                              "and an adapter has no place for another")
     if args.train_type == "use_lora" and not args.adapter:
-        print(lora.fold(lora.inject(model, args.lora_target_modules, args.lora_r, args.lora_alpha,
-                                    args.lora_dropout, args.use_rslora)))
+        names = lora.inject(model, args.lora_target_modules, args.lora_r, args.lora_alpha,
+                            args.lora_dropout, args.use_rslora)
+        outside = [name for name in names if not re.fullmatch(llava.DECODER, name)]
+        if outside:
+            raise ValueError(f"--lora_target_modules {args.lora_target_modules}: matches "
+                             f"{outside[0]}; adapters are for the decoder's layers only")
+        print(lora.fold(names))
     modules = TRAIN_TYPES[args.train_type][0] if args.train_type else []
     for name, p in model.named_parameters():
         p.requires_grad_(name.split(".")[0] in modules or ".lora." in name)
@@ -319,7 +325,9 @@ class Questions(Dataset):
         row = self.rows.records[i]
         turns, _ = data.parse_record(row)
         at = [n for n, turn in enumerate(turns) if turn["role"] == "assistant"][k]
-        kind = {"kind": row["kinds"][k]} if "kinds" in row else {}
+        kinds = row.get("kinds")  # of ours: what each question is about
+        known = isinstance(kinds, list) and k < len(kinds) and isinstance(kinds[k], str)
+        kind = {"kind": kinds[k]} if known else {}
         return {"id": row.get("id"), "question": turns[at - 1]["content"],
                 "answer": turns[at]["content"].strip(), **kind}
 
@@ -340,12 +348,13 @@ def evaluate(model, dataset, engine, collate, args, device) -> tuple[dict, list[
     An answer is asked for with the true turns before it as its context, as in training.
     """
     model.eval()
-    sums = np.zeros(3)  # loss, tokens predicted right, tokens
+    sums, faults = np.zeros(3), []  # loss, tokens predicted right, tokens
     for batch in eval_batches(dataset, engine, args, collate, device):
-        take_faults([batch], args)
+        faults += take_faults([batch])
         loss, right = model(*to_device(batch, device))
         sums += loss.item(), right.item(), (batch["labels"] >= 0).sum().item()
-    loss, right, tokens = engine.all_reduce(*sums.tolist())
+    loss, right, tokens, faulty = engine.all_reduce(*sums.tolist(), len(faults))
+    handle_faults(faults, faulty, args)
     metrics = {"eval_loss": loss / max(tokens, 1), "eval_token_accuracy": right / max(tokens, 1)}
     count = len(dataset) if args.eval_samples < 0 else min(args.eval_samples, len(dataset))
     questions = Questions(dataset, count)
@@ -389,7 +398,9 @@ FREE_FLAGS = {"output_dir", "resume_from_checkpoint", "dataloader_num_workers", 
 
 def checkpoints(out: Path) -> list[Path]:
     """The whole checkpoints in a run's folder, oldest first."""
-    return sorted(out.glob("checkpoint-*[0-9]"), key=lambda path: int(path.name.split("-")[1]))
+    steps = {int(path.name.split("-")[1]): path for path in out.iterdir()
+             if re.fullmatch(r"checkpoint-\d+", path.name) and (path / "progress.json").is_file()}
+    return [steps[step] for step in sorted(steps)]
 
 
 def check_empty(out: Path):
@@ -414,9 +425,9 @@ def open_run(args) -> tuple[str, Path | None]:
     if args.resume_from_checkpoint is None:
         raise ValueError(f"--output_dir {out} holds a run: go on with --resume_from_checkpoint "
                          "latest, or name a new folder")
-    run = json.loads((out / "run.json").read_text())
+    run = llava.read_json(out / "run.json")
     for name, value in vars(args).items():
-        if name not in FREE_FLAGS and run["args"].get(name) != value:
+        if name not in FREE_FLAGS and run.get("args", {}).get(name) != value:
             raise ValueError(f"--output_dir {out} holds a run with --{name} "
                              f"{run['args'].get(name)}, not {value}: name a new folder")
     if args.resume_from_checkpoint == "latest":
@@ -449,7 +460,7 @@ def load_checkpoint(engine, folder: Path, run_id: str) -> dict:
     """Restores what `save_checkpoint` wrote, and returns its progress."""
     if not (folder / "progress.json").is_file():
         raise FileNotFoundError(f"--resume_from_checkpoint {folder}: no checkpoint there")
-    progress = json.loads((folder / "progress.json").read_text())
+    progress = llava.read_json(folder / "progress.json")
     if progress["run"] != run_id:
         raise ValueError(f"--resume_from_checkpoint {folder}: another run's; it takes only its own")
     if progress["world"] != engine.world:
@@ -462,6 +473,13 @@ def load_checkpoint(engine, folder: Path, run_id: str) -> dict:
     return progress
 
 
+def replace_file(path: Path, text: str):
+    """Writes a file whole, or leaves it as it was."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text)
+    part.replace(path)
+
+
 class Log:
     """metrics.jsonl and predictions.jsonl, written by rank 0. A run that goes on from `step` takes
     back the lines behind it.
@@ -471,8 +489,9 @@ class Log:
         self.out, self.rank = out, rank
         for path in (out / "metrics.jsonl", out / "predictions.jsonl") if rank == 0 else ():
             lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-            path.write_text("".join(line for line in lines
-                                    if line.endswith("\n") and json.loads(line)["step"] <= step))
+            lines = [line for line in lines if line.endswith("\n")]  # the last may be cut short
+            kept = [line for line in lines if json.loads(line)["step"] <= step]
+            replace_file(path, "".join(kept))
 
     def write(self, name: str, *rows: dict):
         if self.rank == 0:
@@ -601,7 +620,7 @@ def report(step: int, metrics: dict, answers: list[dict]):
         tqdm.write(f"  {line}")
     for a in answers[:: max(1, len(answers) // 4)][:4]:
         wrong = "" if a["right"] else f" (not {a['answer'][:24]})"
-        tqdm.write(f"  {a['question'].splitlines()[-1][:40]} > {a['prediction'][:24]}{wrong}")
+        tqdm.write(f"  {a['question'].rpartition(chr(10))[2][:40]} > {a['prediction'][:24]}{wrong}")
 
 
 # --- the loop ---
@@ -641,14 +660,18 @@ def loader(dataset, batches: list, collate, args, device) -> DataLoader:
                       pin_memory=device == "cuda")
 
 
-def take_faults(batches: list[dict], args) -> int:
-    """How many rows could not be used; the first stops the run, unless --on_bad_record skip."""
-    faults = [fault for batch in batches for fault in batch["faults"]]
-    if faults and args.on_bad_record == "stop":
-        raise ValueError(f"{faults[0]} (--on_bad_record skip goes on without such rows)")
+def take_faults(batches: list[dict]) -> list[str]:
+    """Why rows of these batches could not be used."""
+    return [fault for batch in batches for fault in batch["faults"]]
+
+
+def handle_faults(faults: list[str], everywhere: int, args):
+    """Stops every rank if one has a row that could not be used, or says which are skipped."""
+    if everywhere and args.on_bad_record == "stop":
+        fault = faults[0] if faults else "a row of another process could not be used"
+        raise ValueError(f"{fault} (--on_bad_record skip goes on without such rows)")
     for fault in faults:
         tqdm.write(f"skipped: {fault}", file=sys.stderr)  # from any rank
-    return len(faults)
 
 
 def check_finite(what: str, value: float, progress: dict, window: list[dict], rows):
@@ -665,39 +688,51 @@ def training_mode(model):
     model.vision_tower.eval()
 
 
-def train(args, stop: StopRequest) -> int:
-    torch.manual_seed(args.seed)
-    torch.backends.cuda.matmul.allow_tf32 = args.tf32
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    source = llava.resolve(args.model_name_or_path)
-    out = Path(args.output_dir or os.devnull)
-    if args.eval_only and args.output_dir:
+def open_rows(args, source: Path):
+    """The text contract, and the rows to train on and to evaluate on (None where not given)."""
+    text = data.ChatText(llava.open_tokenizer(source, args.adapter), args.version)
+    sets = []
+    for path in (args.data_path, args.validation_data_path):
+        sets.append(path and data.open_dataset(
+            path, args.image_folder, source, args.version, args.image_aspect_ratio,
+            args.model_max_length, "skip", text))
+        if path and args.on_bad_record == "stop" and (fault := sets[-1][0]["fault"]):
+            handle_faults([fault], 1, args)  # a look at one row, before anything is written
+    return text, *sets
+
+
+def evaluate_only(args) -> int:
+    """Evaluates a model, or a model and an adapter; writes figures to `output_dir`, if given."""
+    out, source = args.output_dir and Path(args.output_dir), llava.resolve(args.model_name_or_path)
+    if out:
         check_empty(out)
-    run_id, checkpoint = (None, None) if args.eval_only else open_run(args)
-    if not args.eval_only and (out / "final").is_dir():
+    _, _, rows = open_rows(args, source)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = load_model(args, source, device)
+    collate = data.Collator(model.config.image_token_id, model.tokens_per_picture)
+    metrics, answers = evaluate(model, rows, Alone(), collate, args, device)
+    report(0, metrics, answers)
+    if out:
+        out.mkdir(parents=True, exist_ok=True)
+        log = Log(out, -1, 0)
+        log.write("metrics.jsonl", {"step": 0, **metrics})
+        log.write("predictions.jsonl", *({"step": 0, **a} for a in answers))
+    return 0
+
+
+def train(args, stop: StopRequest) -> int:
+    """Trains, or goes on training; 0 when it is done, 3 when it was asked to stop."""
+    torch.manual_seed(args.seed)
+    device, out = "cuda" if torch.cuda.is_available() else "cpu", Path(args.output_dir)
+    source = llava.resolve(args.model_name_or_path)
+    run_id, checkpoint = open_run(args)
+    if (out / "final").is_dir():
         print(f"{out}: this run is complete")
         return 0
-
-    # Rows and model.
-    text = data.ChatText(llava.open_tokenizer(source, args.adapter), args.version)
-    train_set, eval_set = (
-        path and data.open_dataset(path, args.image_folder, source, args.version,
-                                   args.image_aspect_ratio, args.model_max_length, "skip", text)
-        for path in (args.data_path, args.validation_data_path))
-    for rows in filter(None, (train_set, eval_set)):  # a look before anything is written
-        take_faults([{"faults": list(filter(None, [rows[0]["fault"]]))}], args)
+    text, train_set, eval_set = open_rows(args, source)
     model = load_model(args, source, device)
     torch.manual_seed(args.seed + int(os.environ["RANK"]))  # each rank drops out differently
     collate = data.Collator(model.config.image_token_id, model.tokens_per_picture)
-    if args.eval_only:
-        metrics, answers = evaluate(model, eval_set, Alone(), collate, args, device)
-        report(0, metrics, answers)
-        if args.output_dir:
-            out.mkdir(parents=True, exist_ok=True)
-            log = Log(out, -1, 0)
-            log.write("metrics.jsonl", {"step": 0, **metrics})
-            log.write("predictions.jsonl", *({"step": 0, **a} for a in answers))
-        return 0
     if args.gradient_checkpointing:
         model.language_model.gradient_checkpointing_enable({"use_reentrant": False})
     engine = (ZeRO if args.deepspeed else Plain)(model, args)
@@ -723,7 +758,7 @@ def train(args, stop: StopRequest) -> int:
         print(f"going on from {checkpoint}")
     if engine.rank == 0 and not (out / "run.json").exists():
         out.mkdir(parents=True, exist_ok=True)
-        llava.write_json({"id": run_id, "args": vars(args)}, out / "run.json")
+        replace_file(out / "run.json", json.dumps({"id": run_id, "args": vars(args)}, indent=2))
     stop.watch(out)
     log = Log(out, progress["step"] if checkpoint else -1, engine.rank)
     bar = Progress(total_steps, progress["step"], engine.rank)
@@ -756,13 +791,14 @@ def train(args, stop: StopRequest) -> int:
             # The whole window is fetched first: its loss is divided by all its supervised tokens.
             began = time.perf_counter()
             window = [next(batches) for _ in range(accumulation)]
-            waited = time.perf_counter() - began
+            waited, faults = time.perf_counter() - began, take_faults(window)
             supervised, tokens, padded_tokens, count, skipped, cut, stopping = engine.all_reduce(
                 sum((batch["labels"] >= 0).sum().item() for batch in window),
                 sum(sum(batch["lengths"]) for batch in window),
                 sum(batch["labels"].numel() for batch in window),
                 sum(row >= 0 for batch in window for row in batch["rows"]),
-                take_faults(window, args), sum(batch["cut"] for batch in window), stop.requested())
+                len(faults), sum(batch["cut"] for batch in window), stop.requested())
+            handle_faults(faults, skipped, args)
             progress["skipped"] += int(skipped)
             progress["cut"] += int(cut)
 
@@ -781,15 +817,15 @@ def train(args, stop: StopRequest) -> int:
             progress["step"] += 1
 
             step, seconds = progress["step"], time.perf_counter() - began
-            end_of_epoch = step % steps_per_epoch == 0 or step == total_steps
-            flops = sum(count_flops(model, batch) for batch in window)
             metrics = {
                 "step": step, "epoch": step / steps_per_epoch, "loss": loss,
                 "token_accuracy": right, "lr": args.learning_rate * factor,
                 "grad_norm": grad_norm, "tokens_per_s": tokens / seconds,
                 "samples_per_s": count / seconds, "supervised": supervised / tokens,
                 "padded": 1 - tokens / padded_tokens, "waiting": waited / seconds,
-                "mfu": flops / seconds / rate, "peak_gib": peak_gib(device)}
+                "mfu": sum(count_flops(model, batch) for batch in window) / seconds / rate,
+                "peak_gib": peak_gib(device)}
+            end_of_epoch = step % steps_per_epoch == 0 or step == total_steps
             to_log = step % args.logging_steps == 0 or step == total_steps
             bar.show(metrics, to_log)
             if to_log:
@@ -810,8 +846,9 @@ def train(args, stop: StopRequest) -> int:
     state = engine.state()  # on every rank: it gathers
     if engine.rank == 0:
         save_result(model, args, text, state, out / "final", source)
+    print(f"done: {out}/final")
     folder = f"{source} --adapter {out}/final" if args.train_type == "use_lora" else f"{out}/final"
-    print(f"done: {out}/final\n  python model.py chat --model_name_or_path {folder} --image FILE")
+    print(f"  python model.py chat --model_name_or_path {folder} --image FILE")
     if args.train_type == "use_lora":
         print(f"  python lora.py merge --model_name_or_path {folder} --out {out}/merged")
     return 0
@@ -820,10 +857,13 @@ def train(args, stop: StopRequest) -> int:
 # --- commands ---
 
 
-def positive(text: str) -> int:
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is less than 1")
-    return int(text)
+def number(kind, low, high=math.inf):
+    """An argument type: a number from `low` to `high`."""
+    def parse(text):
+        if not low <= kind(text) <= high:  # nan is not
+            raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
+        return kind(text)
+    return parse
 
 
 def boolean(text: str) -> bool:
@@ -851,6 +891,7 @@ LLAVA_FLAGS = {
 def parse(argv) -> argparse.Namespace:
     parser = data.Parser(description=__doc__.splitlines()[0])
     add, flag = parser.add_argument, {"type": boolean, "nargs": "?", "const": True}
+    count, rate, share = number(int, 1), number(float, 0, 1e3), number(float, 0, 1)
     # model and data
     add("--model_name_or_path", required=True, help="a LLaVA folder, or a hub id")
     add("--data_path", help=".json or .jsonl in LLaVA's format")
@@ -859,7 +900,7 @@ def parse(argv) -> argparse.Namespace:
     add("--output_dir", help="where checkpoints, metrics and the trained model go")
     add("--version", choices=data.VERSIONS, help="template; plain for projector, else own")
     add("--image_aspect_ratio", choices=["pad", "square"], help="default: as the model's folder")
-    add("--model_max_length", type=int, default=2048, help="tokens of a row, with its pictures'")
+    add("--model_max_length", type=count, default=2048, help="tokens of a row, with its pictures'")
     add("--on_bad_record", choices=["stop", "skip"], default="stop", help="rows that do not work")
     # what trains, and how
     add("--train_type", choices=list(TRAIN_TYPES), help="what trains")
@@ -867,37 +908,37 @@ def parse(argv) -> argparse.Namespace:
     add("--adapter", help="an adapter to evaluate, or to train on from")
     add("--lora_r", type=int, default=128, help="rank")
     add("--lora_alpha", type=float, default=256, help="its output counts alpha / r times")
-    add("--lora_dropout", type=float, default=0.05, help="share of its inputs that is dropped")
+    add("--lora_dropout", type=share, default=0.05, help="share of its inputs that is dropped")
     add("--lora_target_modules", default=llava.DECODER, help="regular expression on whole paths")
     add("--use_rslora", **flag, default=False, help="alpha / sqrt(r) instead of alpha / r")
-    add("--num_train_epochs", type=float, default=1.0, help="passes over the rows")
+    add("--num_train_epochs", type=number(float, 1e-6), default=1.0, help="passes over the rows")
     add("--max_steps", type=int, default=-1, help="optimizer steps; -1: as the epochs say")
-    add("--per_device_train_batch_size", type=positive, help="rows of a micro-batch")
-    add("--gradient_accumulation_steps", type=positive, default=1, help="micro-batches of a step")
-    add("--learning_rate", type=float, help="default: LLaVA-1.5's for the train type")
-    add("--mm_projector_lr", type=float, help="the projector's own learning rate")
-    add("--mm_vision_tower_lr", type=float, help="the tower's own learning rate")
+    add("--per_device_train_batch_size", type=count, help="rows of a micro-batch")
+    add("--gradient_accumulation_steps", type=count, default=1, help="micro-batches of a step")
+    add("--learning_rate", type=rate, help="default: LLaVA-1.5's for the train type")
+    add("--mm_projector_lr", type=rate, help="the projector's own learning rate")
+    add("--mm_vision_tower_lr", type=rate, help="the tower's own learning rate")
     add("--lr_scheduler_type", choices=["cosine", "linear", "constant"], default="cosine")
-    add("--warmup_ratio", type=float, default=0.03, help="share of steps with a rising rate")
-    add("--weight_decay", type=float, default=0.0, help="AdamW's, on matrices only")
-    add("--max_grad_norm", type=float, default=1.0, help="larger gradients are scaled down to it")
+    add("--warmup_ratio", type=share, default=0.03, help="share of steps with a rising rate")
+    add("--weight_decay", type=rate, default=0.0, help="AdamW's, on matrices only")
+    add("--max_grad_norm", type=number(float, 0), default=1.0, help="of clipping; 0: none")
     add("--bf16", **flag, default=torch.cuda.is_available(), help="default: where there is a GPU")
     add("--tf32", **flag, default=False, help="fp32 products of matrices in TensorFloat-32")
     add("--gradient_checkpointing", **flag, help="less memory, more time; default: not in stage 1")
     add("--group_by_modality_length", **flag, default=False, help="like rows share a step")
     add("--seed", type=int, default=42, help="of order and dropout")
-    add("--dataloader_num_workers", type=int, default=min(4, len(os.sched_getaffinity(0))),
-        help="processes that prepare batches")
+    add("--dataloader_num_workers", type=number(int, 0), help="processes that prepare batches",
+        default=min(4, len(os.sched_getaffinity(0))))
     # evaluation, saving, logging
     add("--eval_only", **flag, default=False, help="evaluate, and train nothing")
-    add("--per_device_eval_batch_size", type=positive, default=16, help="rows of a batch")
+    add("--per_device_eval_batch_size", type=count, default=16, help="rows of a batch")
     add("--eval_steps", type=int, default=-1, help="steps between evaluations; -1: every epoch")
     add("--eval_samples", type=int, default=32, help="rows whose questions are asked; -1: all")
-    add("--max_new_tokens", type=int, default=64, help="tokens of an answer")
+    add("--max_new_tokens", type=count, default=64, help="tokens of an answer")
     add("--save_steps", type=int, default=500, help="steps between checkpoints; -1: none")
     add("--save_total_limit", type=int, default=2, help="checkpoints kept; -1: all")
     add("--resume_from_checkpoint", nargs="?", const="latest", help="a checkpoint, or latest")
-    add("--logging_steps", type=positive, default=1, help="steps between lines of metrics.jsonl")
+    add("--logging_steps", type=count, default=1, help="steps between lines of metrics.jsonl")
     # many processes
     add("--deepspeed", help="ds_zero2.json or ds_zero3.json")
     add("--local_rank", type=int, default=-1, help="set by the deepspeed launcher")
@@ -916,10 +957,10 @@ def parse(argv) -> argparse.Namespace:
                      "for use_lora")
     if args.eval_only and args.deepspeed:
         parser.error("--eval_only is for one process: leave --deepspeed out")
-    _, rate, micro, version = TRAIN_TYPES[args.train_type or "freeze_vision"]
-    given = args.learning_rate if args.learning_rate is not None else rate
+    _, published, micro, version = TRAIN_TYPES[args.train_type or "freeze_vision"]
+    given = args.learning_rate if args.learning_rate is not None else published
     for name, default in (
-        ("version", version), ("learning_rate", rate), ("per_device_train_batch_size", micro),
+        ("version", version), ("learning_rate", published), ("per_device_train_batch_size", micro),
         ("mm_projector_lr", LORA_PROJECTOR_LR if args.train_type == "use_lora" else given),
         ("mm_vision_tower_lr", given), ("gradient_checkpointing", args.train_type != "projector"),
     ):
@@ -933,6 +974,7 @@ def start_processes(args):
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
              "MASTER_PORT": "29500"}
     os.environ.update({name: os.environ.get(name, value) for name, value in alone.items()})
+    torch.backends.cuda.matmul.allow_tf32 = args.tf32
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if args.deepspeed:
@@ -952,7 +994,7 @@ def main(argv=None) -> int:
         start_processes(args)
         with StopRequest() as stop, open(os.devnull, "w") as quiet:
             with contextlib.redirect_stdout(sys.stdout if os.environ["RANK"] == "0" else quiet):
-                return train(args, stop)
+                return evaluate_only(args) if args.eval_only else train(args, stop)
     except (ValueError, OSError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
