@@ -16,6 +16,7 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -2781,8 +2782,25 @@ def test_evaluation_equals_transformers(world):
     assert model.language_model.training and not model.vision_tower.training  # trap 28
 
 
-@pytest.mark.parametrize("stage", [2, 3])
-def test_two_processes_under_zero_equal_one(world, tmp_path, stage):
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+STILL = {"lora_dropout": 0}  # ranks draw different masks
+
+
+@pytest.mark.parametrize(
+    "stage, kind",
+    [(2, {}), (3, {})]
+    + [
+        pytest.param(stage, kind, marks=pytest.mark.long)
+        for stage in (2, 3)
+        for kind in ({"train_type": "freeze_vision"}, LORA | STILL, LORA | STILL | {"bits": 4})
+    ],
+)
+def test_two_processes_under_zero_equal_one(world, tmp_path, stage, kind):
     """Rows of every kind, two ranks with accumulation 2, clipping at work; losses and weights to 1e-5."""
     flags = {
         "model_name_or_path": world / "llava",
@@ -2798,7 +2816,7 @@ def test_two_processes_under_zero_equal_one(world, tmp_path, stage):
         "validation_data_path": world / "rows.json",
         "save_steps": 3,
         "save_total_limit": -1,
-    }
+    } | kind
     assert run(world, tmp_path / "a", **flags, per_device_train_batch_size=8)[0] == 0
     flags |= {
         "per_device_train_batch_size": 2,
@@ -2811,7 +2829,7 @@ def test_two_processes_under_zero_equal_one(world, tmp_path, stage):
         "--num_gpus",
         "2",
         "--master_port",
-        str(29600 + stage),
+        str(free_port()),
         HERE / "train.py",
         *argv,
         "--output_dir",
