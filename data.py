@@ -62,6 +62,8 @@ class PictureTransform:
         self.background = tuple(int(255 * m) for m in mean)
         mean, std = np.float32(mean), np.float32(std)
         self.scale, self.shift = 1 / (255 * std), -mean / std
+        levels = np.arange(256, dtype=np.float32)[:, None]
+        self.table = (levels * self.scale + self.shift).T  # (3, 256): what each byte becomes
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, aspect_ratio: str | None = None):
@@ -88,8 +90,8 @@ class PictureTransform:
             image = centre(image, *(min(n, 16 * min(image.size)) for n in image.size))
         resized = [self.size * n // min(image.size) for n in image.size]
         image = centre(image.resize(resized, Image.Resampling.BICUBIC), self.size, self.size)
-        pixels = np.asarray(image, np.float32) * self.scale + self.shift  # (size, size, 3)
-        return np.ascontiguousarray(pixels.transpose(2, 0, 1))            # (3, size, size)
+        channels = np.asarray(image).transpose(2, 0, 1)
+        return np.stack([table[channel] for table, channel in zip(self.table, channels)])
 
 
 def centre(image: Image.Image, width: int, height: int) -> Image.Image:
@@ -249,7 +251,7 @@ class ChatText:
             raise ValueError(f"--version {version}: offered are {', '.join(VERSIONS)}")
         if IMAGE not in tokenizer.get_added_vocab():
             raise ValueError(f"the tokenizer has no token {IMAGE}: `model.py build` adds it")
-        self.tokenizer, self.version = tokenizer, version
+        self.tokenizer, self.version, self.chat_template = tokenizer, version, None
         self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE)
         self.bos = [tokenizer.bos_token_id] if starts_with_bos(tokenizer) else []
         special = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
@@ -265,21 +267,22 @@ class ChatText:
             self.adopt_template(own if version == "own" else chat_template(version, tokenizer))
 
     def adopt_template(self, template: str | None):
-        """Lets it take strings and parts, refuses what cannot teach, finds what ends an answer."""
+        """Lets it take strings and parts, refuses what cannot teach, finds what ends an answer.
+
+        `chat_template` is what a folder gets; `template` renders here, where content is a string.
+        """
         if not template:
             raise ValueError("the model folder has no chat template: name one with --version v1")
         probe = [{"role": role, "content": text} for role, text in (
             ("user", "Q1x"), ("assistant", "A1x"), ("user", "Q2x"), ("assistant", "A2x"))]
-        if template.startswith((_AS_STRING, _AS_PARTS)):
-            self.tokenizer.chat_template = template
-        else:
-            self.tokenizer.chat_template = _AS_STRING + template
-            try:
-                knows_strings = "Q1x" in self.render(probe[:1])
-            except ValueError:
-                knows_strings = False
-            if not knows_strings:
-                self.tokenizer.chat_template = _AS_PARTS + template
+        own = template.removeprefix(_AS_STRING).removeprefix(_AS_PARTS)
+        self.template = own
+        try:
+            knows_strings = not template.startswith(_AS_PARTS) and "Q1x" in self.render(probe[:1])
+        except ValueError:
+            knows_strings = False
+        self.chat_template = (_AS_STRING if knows_strings else _AS_PARTS) + own
+        self.template = own if knows_strings else self.chat_template
         text, edges = self.layout(probe)
         ends = {self.encode(text[:end])[-1] for end in edges[1::2]}
         self.stop_ids = sorted(ends | {self.tokenizer.eos_token_id} - {None})
@@ -287,8 +290,8 @@ class ChatText:
     def render(self, messages: list[dict], prompt: bool = False) -> str:
         """The template's text for `messages`; with `prompt` it ends where an answer begins."""
         try:
-            return self.tokenizer.apply_chat_template(messages, tokenize=False,
-                                                      add_generation_prompt=prompt)
+            return self.tokenizer.apply_chat_template(
+                messages, chat_template=self.template, tokenize=False, add_generation_prompt=prompt)
         except (TemplateError, TypeError) as error:
             raise ValueError(f"the chat template refuses this conversation: {error}") from None
 
@@ -610,10 +613,9 @@ COLOURS = {"red": (214, 40, 40), "green": (50, 160, 60), "blue": (40, 80, 210),
 SIZES = {"tiny": 14, "small": 21, "large": 30, "huge": 40}  # radius in pixels
 SHAPES = {  # corners, for a radius of 1
     "circle": [],
-    "square": [(-0.86, -0.86), (0.86, -0.86), (0.86, 0.86), (-0.86, 0.86)],
+    "ring": [],
     "triangle": [(0, -1), (0.95, 0.8), (-0.95, 0.8)],
-    "cross": [(-0.32, -1), (0.32, -1), (0.32, -0.32), (1, -0.32), (1, 0.32), (0.32, 0.32),
-              (0.32, 1), (-0.32, 1), (-0.32, 0.32), (-1, 0.32), (-1, -0.32), (-0.32, -0.32)],
+    "bar": [(-1, -0.4), (1, -0.4), (1, 0.4), (-1, 0.4)],
 }
 NUMBERS = ["one", "two", "three", "four"]
 POSITIONS = ["top left", "top right", "bottom left", "bottom right"]
@@ -637,7 +639,7 @@ class ToyWorld:
     """
 
     def __init__(self, folder: Path, seed: int):
-        self.folder, self.rng, self.count = folder, random.Random(seed), 0
+        self.folder, self.rng, self.count, self.deck = folder, random.Random(seed), 0, []
 
     def scene(self) -> dict:
         choices = {"colour": list(COLOURS), "shape": list(SHAPES), "size": list(SIZES),
@@ -645,7 +647,7 @@ class ToyWorld:
         return {kind: self.rng.choice(answers) for kind, answers in choices.items()}
 
     def words(self, scene: dict) -> str:
-        ending = "" if scene["number"] == "one" else "es" if scene["shape"] == "cross" else "s"
+        ending = "" if scene["number"] == "one" else "s"
         return "{number} {size} {colour} {shape}{ending} in the {position}".format(
             ending=ending, **scene)
 
@@ -663,11 +665,14 @@ class ToyWorld:
             radius = SIZES[size]
             free = min(8, 42 - radius)
             x, y = (84 * c + 42 + self.rng.uniform(-free, free) for c in cell)
-            if SHAPES[shape]:
+            box = (x - radius, y - radius, x + radius, y + radius)
+            if shape == "circle":
+                pen.ellipse(box, fill=COLOURS[colour])
+            elif shape == "ring":
+                pen.ellipse(box, outline=COLOURS[colour], width=round(0.45 * radius))
+            else:
                 corners = [(x + dx * radius, y + dy * radius) for dx, dy in SHAPES[shape]]
                 pen.polygon(corners, fill=COLOURS[colour])
-            else:
-                pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill=COLOURS[colour])
         self.count += 1
         name = f"{self.count:06d}.png"
         image.save(self.folder / "images" / name, compress_level=1)
@@ -726,7 +731,10 @@ class ToyWorld:
 
     def instruction(self) -> dict:
         """As in visual instruction tuning: mostly one picture and several questions about it."""
-        make = self.rng.choices([self.one, self.two, self.relation, None], [73, 15, 6, 6])[0]
+        if not self.deck:  # so the shares hold in every 100 rows
+            kinds = [self.one, self.two, self.relation, None]
+            self.deck = self.rng.sample(kinds, counts=[79, 12, 4, 5], k=100)
+        make = self.deck.pop()
         if make is None:
             return self.reading()
         _, draw, asked = make()
@@ -836,7 +844,7 @@ def main(argv=None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("toy", help="write the built-in data")
     command.add_argument("--out", required=True, help="folder to write to")
-    command.add_argument("--scenes", type=int, default=9600, help="rows of stage 2")
+    command.add_argument("--scenes", type=int, default=7200, help="rows of stage 2")
     command.add_argument("--seed", type=int, default=0)
     command = commands.add_parser("show", help="print a row as the model gets it")
     command.add_argument("--model_name_or_path", required=True, help="a LLaVA folder")

@@ -491,7 +491,7 @@ def build(vision_tower, language_model, out, kind="mlp2x_gelu", version="own", a
     with tempfile.TemporaryDirectory() as work:
         tokenizer, image_token_id = add_image_token(text_folder, Path(work))
         text = ChatText(tokenizer, version)
-        write_template(tokenizer.chat_template, Path(work))
+        write_template(text.chat_template, Path(work))
         write_json({"eos_token_id": text.stop_ids, "pad_token_id": tokenizer.pad_token_id},
                    Path(work) / "generation_config.json")
         model = join(vision_folder, text_folder, kind, image_token_id, tokenizer.pad_token_id)
@@ -593,7 +593,7 @@ CHATML = ("{%- for message in messages -%}"
 
 
 def build_tiny(out: str | Path, words: list[str], seed: int = 0):
-    """A LLaVA of 360,000 parameters in the real on-disk format: CLIP's and Qwen2's architectures,
+    """A LLaVA of 344,000 parameters in the real on-disk format: CLIP's and Qwen2's architectures,
     336 pixels, 576 tokens. It stands in for models that must be downloaded. `words` is a text from
     which its tokenizer learns a vocabulary.
     """
@@ -614,14 +614,14 @@ def build_tiny(out: str | Path, words: list[str], seed: int = 0):
             tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>")
         tokenizer.chat_template = CHATML
         tokenizer.save_pretrained(f"{work}/text")
-        shape = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 3,
-                 "num_attention_heads": 2}
+        shape = {"hidden_size": 64, "intermediate_size": 192, "num_attention_heads": 2}
         Qwen2ForCausalLM(Qwen2Config(
-            **shape, num_key_value_heads=2, vocab_size=bpe.get_vocab_size(),
+            **shape, num_hidden_layers=2, num_key_value_heads=2, vocab_size=bpe.get_vocab_size(),
             max_position_embeddings=4096, tie_word_embeddings=True, initializer_range=0.1,
             rope_parameters={"rope_type": "default", "rope_theta": 1e6},
         )).save_pretrained(f"{work}/text")
-        tower = CLIPVisionModel(CLIPVisionConfig(**shape, image_size=336, patch_size=14))
+        tower = CLIPVisionModel(CLIPVisionConfig(
+            **shape, num_hidden_layers=3, image_size=336, patch_size=14))
         give_sight(getattr(tower, "vision_model", tower))
         tower.save_pretrained(f"{work}/vision")
         build(f"{work}/vision", f"{work}/text", out)

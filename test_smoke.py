@@ -242,10 +242,11 @@ LLAVA_HF = (
 
 
 def chat_text(tokenizer, version):
-    if version in ("v1", "llava_llama_2", "chatml_direct"):
-        return ChatText(tokenizer, version)
-    tokenizer.chat_template = QWEN if version == "qwen" else version
-    return ChatText(tokenizer)
+    if version not in data.VERSIONS:
+        tokenizer.chat_template, version = QWEN if version == "qwen" else version, "own"
+    text = ChatText(tokenizer, version)
+    tokenizer.chat_template = text.chat_template  # as in a folder that we write
+    return text
 
 
 def render(version, tokenizer, turns, system=None):
@@ -339,7 +340,7 @@ def test_plain_is_picture_and_caption_without_end_token(tokenizer):  # trap 37
     assert [a.lstrip(" ") for a in supervised(text, messages_of(TURNS[:1]))] == [
         "A frog.\n"
     ]  # legacy: a space in front
-    assert text.tokenizer.chat_template is None and ids[-1] in text.stop_ids
+    assert text.chat_template is None and ids[-1] in text.stop_ids
     for wrong in (
         messages_of(TURNS[:2]),
         messages_of(TURNS[1:2]),
@@ -374,9 +375,7 @@ def test_saved_template_takes_strings_and_parts_with_equal_ids(template, tmp_pat
         assert ours in (theirs.input_ids, text.bos + theirs.input_ids)
         assert ours.count(1) == 1 == ours.count(text.image_token_id)
     once = tokenizer.chat_template
-    assert (
-        ChatText(tokenizer).tokenizer.chat_template == once
-    )  # a folder that we wrote is taken as it is
+    assert ChatText(tokenizer).chat_template == once  # a folder that we wrote is taken as it is
     answers = [a for _, a in TURNS]
     assert [
         s.strip().removesuffix("</s>").removesuffix("<|im_end|>").strip()

@@ -93,7 +93,8 @@ def load_model(args, source: Path, device: str):
 def save_adapter(model, text, state: dict, folder: Path, source: Path):
     """Writes what a LoRA run trains, in PEFT's format, and the template that it trains with."""
     lora.save(model, folder, source, llava.transformers_name, ["multi_modal_projector"], state)
-    (folder / "chat_template.jinja").write_text(text.tokenizer.chat_template)
+    if text.chat_template:
+        (folder / "chat_template.jinja").write_text(text.chat_template)
 
 
 def save_result(model, args, text, state: dict, out: Path, source: Path):
@@ -103,8 +104,8 @@ def save_result(model, args, text, state: dict, out: Path, source: Path):
         save_adapter(model, text, state, part, source)
         llava.replace_folder(part, out)
     else:  # `plain` is for training only: it leaves the folder's template as it is
-        template = None if args.version == "plain" else text.tokenizer.chat_template
-        llava.save_pretrained(model, out, source, template, state, args.image_aspect_ratio)
+        llava.save_pretrained(
+            model, out, source, text.chat_template, state, args.image_aspect_ratio)
 
 
 def schedule(step: int, total_steps: int, warmup_steps: int, kind: str) -> float:
