@@ -1,47 +1,54 @@
 #!/usr/bin/env bash
+#SBATCH --job-name=llava --time=24:00:00 --requeue --open-mode=append --signal=B:USR1@300
+#SBATCH --nodes=1 --ntasks-per-node=1 --cpus-per-task=32 --gpus-per-node=a100:4
+#
 # Sets up on first use and runs the whole recipe: build a model, stage 1, stage 2, evaluate, talk to it.
 #
 #   bash run.sh          built-in data and a tiny model, on whatever machine this is
 #   bash run.sh test     the tests; test --all: the long ones too
-#   bash run.sh help     the environment variables that choose models, data and train type for a real run
+#   bash run.sh help     this text
+#   sbatch run.sh        under SLURM, from this folder; sbatch's own flags, as --nodes=2, come before the lines above
 #
-# A step that is done is not done again, and one that was interrupted goes on where it was.
+# A step that is done is not done again, and one that was interrupted goes on where it was. SIGTERM, SIGINT and
+# SIGUSR1 make the run save and end, with status 3; a job that SLURM warns with SIGUSR1 is queued again.
+#
+# Environment variables (none: the built-in recipe):
+#
+#   VISION_TOWER       CLIP's folder or hub id, as openai/clip-vit-large-patch14-336
+#   LANGUAGE_MODEL     the language model's folder or hub id, as Qwen/Qwen1.5-4B-Chat
+#   MODEL              instead of both: a LLaVA folder or hub id to start from
+#   VERSION            chat template: own (default), v1, llava_llama_2, chatml_direct
+#   PRETRAIN_DATA      stage 1: captions, .json or .jsonl in LLaVA's format (none: no stage 1)
+#   PRETRAIN_IMAGES    stage 1: its folder of pictures, or .zip
+#   FINETUNE_DATA      stage 2: instructions (none: no stage 2)
+#   FINETUNE_IMAGES    stage 2: its folder of pictures, or .zip
+#   VALIDATION_DATA    rows to evaluate stage 2 on, pictures in FINETUNE_IMAGES
+#   TRAIN_TYPE         stage 2: freeze_vision (default), full, use_lora
+#   BITS               4: with use_lora, the language model in 4 bits
+#   DEEPSPEED_CONFIG   ds_zero2.json (default where there are GPUs) or ds_zero3.json; none: one process
+#   NUM_GPUS           processes on a node: one for each GPU (default: all), or on a machine without GPUs
+#   HOSTFILE           DeepSpeed's list of machines, lines as "node1 slots=8", reached by ssh, without SLURM
+#   PRETRAIN_ARGS      further flags of train.py for stage 1, as "--per_device_train_batch_size 8"
+#   FINETUNE_ARGS      further flags of train.py for stage 2
+#   OUT                where everything goes (out)
+
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")"
-
-help() {
-  cat <<'TEXT'
-Environment variables of `bash run.sh` (none: the built-in recipe):
-
-  VISION_TOWER       CLIP's folder or hub id, as openai/clip-vit-large-patch14-336
-  LANGUAGE_MODEL     the language model's folder or hub id, as Qwen/Qwen1.5-4B-Chat
-  MODEL              instead of both: a LLaVA folder or hub id to start from
-  VERSION            chat template: own (default), v1, llava_llama_2, chatml_direct
-  PRETRAIN_DATA      stage 1: captions, .json or .jsonl in LLaVA's format (none: no stage 1)
-  PRETRAIN_IMAGES    stage 1: its folder of pictures, or .zip
-  FINETUNE_DATA      stage 2: instructions (none: no stage 2)
-  FINETUNE_IMAGES    stage 2: its folder of pictures, or .zip
-  VALIDATION_DATA    rows to evaluate stage 2 on, pictures in FINETUNE_IMAGES
-  TRAIN_TYPE         stage 2: freeze_vision (default), full, use_lora
-  BITS               4: with use_lora, the language model in 4 bits
-  DEEPSPEED_CONFIG   ds_zero2.json (default where there are GPUs) or ds_zero3.json; none: one process
-  PRETRAIN_ARGS      further flags of train.py for stage 1, as "--per_device_train_batch_size 8"
-  FINETUNE_ARGS      further flags of train.py for stage 2
-  OUT                where everything goes (out)
-TEXT
-}
+here=$(dirname "${BASH_SOURCE[0]}")
+cd "$([ -f "$here/train.py" ] && echo "$here" || echo "$SLURM_SUBMIT_DIR")"  # sbatch runs a copy of this file
 
 # --- set-up ---
 
 # An environment that has the packages is used as it is; else .venv is made, once for each requirements.txt.
 setup() {
-  local extra=("$@")
-  if ! python3 -c "import torch, transformers, bitsandbytes, deepspeed, PIL, numpy${extra:+, pytest, hypothesis, peft}" 2>/dev/null; then
-    if [ ! -x .venv/bin/python ]; then python3 -m venv .venv; fi
-    if ! printf '%s\n' "$(cat requirements.txt)" "${extra[@]}" | cmp -s - ".venv/installed${extra:+-test}"; then
+  local wanted
+  if ! python -c "import sys, importlib.util as u; sys.exit(not all(map(u.find_spec, sys.argv[1:])))" \
+      torch transformers bitsandbytes deepspeed PIL numpy ${1:+pytest hypothesis peft accelerate} 2>/dev/null; then
+    [ -x .venv/bin/pip ] || python3 -m venv .venv
+    wanted=$(printf '%s\n' "$(cat requirements.txt)" "$@")
+    if [ "$wanted" != "$(cat ".venv/installed-$#" 2>/dev/null)" ]; then
       echo "installing into .venv ..." >&2
-      .venv/bin/pip install --quiet --disable-pip-version-check -r requirements.txt "${extra[@]}" >&2
-      printf '%s\n' "$(cat requirements.txt)" "${extra[@]}" > ".venv/installed${extra:+-test}"
+      .venv/bin/pip install --quiet --disable-pip-version-check -r requirements.txt "$@" >&2
+      echo "$wanted" > ".venv/installed-$#"
     fi
     export PATH="$PWD/.venv/bin:$PATH"
   fi
@@ -50,21 +57,50 @@ setup() {
 
 # --- the recipe ---
 
-# launch: the command that starts train.py on what this machine has.
+# launch: the command that starts train.py on what there is, one process or one DeepSpeed launcher on each node.
 choose_launch() {
-  local gpus config
-  gpus=$(python -c "import torch; print(torch.cuda.device_count())")
-  config=${DEEPSPEED_CONFIG:-$([ "$gpus" -gt 0 ] && echo ds_zero2.json || echo none)}
+  local nodes=${SLURM_NNODES:-1} hosts=${HOSTFILE:-} gpus config=${DEEPSPEED_CONFIG:-}
+  gpus=${NUM_GPUS:-$(python -c "import torch; print(torch.cuda.device_count())")}
   launch=(python train.py)
-  if [ "$config" != none ]; then
-    launch=(deepspeed --num_gpus "$((gpus > 0 ? gpus : 1))" --master_port "${MASTER_PORT:-29500}"
-            train.py --deepspeed "$config")
+  if [ -z "$config" ] && [ "$gpus" = 0 ] && [ "$nodes" = 1 ] && [ -z "$hosts" ]; then config=none; fi
+  [ "$config" != none ] || return 0
+  launch=(deepspeed)
+  if [ "$nodes" -gt 1 ]; then
+    hosts=$OUT/hostfile
+    mkdir -p "$OUT"
+    scontrol show hostnames "$SLURM_JOB_NODELIST" | sed "s/$/ slots=$((gpus > 0 ? gpus : 1))/" > "$hosts"
+    # srun starts a launcher on each node, and forgets the job's --cpus-per-task where it is not told again.
+    launch=(srun --ntasks="$nodes" --ntasks-per-node=1 ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"}
+            --kill-on-bad-exit=1 bash -c 'exec deepspeed --node_rank "$SLURM_NODEID" "$@"' deepspeed
+            --no_ssh --master_addr "$(sed 's/ .*//; q' "$hosts")")
+  elif [ -n "${NUM_GPUS:-}" ] || [ "$gpus$hosts" = 0 ]; then
+    launch+=(--num_gpus "$((gpus > 0 ? gpus : 1))")  # with it the launcher passes over CUDA_VISIBLE_DEVICES
   fi
+  launch+=(${hosts:+--hostfile "$hosts"} --master_port "${MASTER_PORT:-$((10000 + ${SLURM_JOB_ID:-19500} % 20000))}"
+           train.py --deepspeed "${config:-ds_zero2.json}")
 }
 
-train() {  # train OUTPUT_DIR FLAGS...: a finished run is left alone, an interrupted one goes on
-  local out=$1; shift
-  "${launch[@]}" --output_dir "$out" --resume_from_checkpoint latest "$@"
+caught=""  # the signal that asks us to stop
+for signal in TERM INT HUP USR1; do trap "caught=$signal" "$signal"; done
+
+# train OUTPUT_DIR FLAGS...: a finished run is left alone, an interrupted one goes on. A signal is not passed on,
+# as the deepspeed launcher kills its ranks 30 seconds after one, in the middle of a save too: hence the session
+# of its own, which Ctrl-C does not reach, and the file `stop`.
+train() {
+  local out=$1 run status=3; shift
+  if [ -z "$caught" ]; then
+    setsid "${launch[@]}" --output_dir "$out" --resume_from_checkpoint latest "$@" &
+    run=$!
+    while kill -0 "$run" 2>/dev/null; do
+      [ -z "$caught" ] || touch "$out/stop" 2>/dev/null || true  # again and again: it may not look yet
+      sleep 1 || true
+    done
+    wait "$run" && status=0 || status=$?
+  fi
+  [ -n "$caught" ] || [ "$status" != 0 ] || return 0
+  rm -f "$out/stop"
+  if [ "$caught" = USR1 ] && [ -n "${SLURM_JOB_ID:-}" ]; then scontrol requeue "$SLURM_JOB_ID"; fi
+  exit "$((status > 0 ? status : 3))"
 }
 
 real() {
@@ -81,8 +117,7 @@ real() {
   if [ -n "${FINETUNE_DATA:-}" ]; then
     train "$OUT/stage2" --model_name_or_path "$model" --train_type "${TRAIN_TYPE:-freeze_vision}" \
       --version "${VERSION:-own}" --data_path "$FINETUNE_DATA" ${FINETUNE_IMAGES:+--image_folder "$FINETUNE_IMAGES"} \
-      ${VALIDATION_DATA:+--validation_data_path "$VALIDATION_DATA"} --bits "${BITS:-16}" \
-      ${FINETUNE_ARGS:-}
+      ${VALIDATION_DATA:+--validation_data_path "$VALIDATION_DATA"} --bits "${BITS:-16}" ${FINETUNE_ARGS:-}
     model=$OUT/stage2/final
   fi
   echo "the model is in $model"
@@ -150,6 +185,10 @@ builtin() {
       --max_new_tokens 24 --output_dir "$OUT/$rows" > /dev/null
   done
   summary
+}
+
+help() {
+  sed -n '/^# Sets up/,/^$/ s/^# \{0,1\}//p' run.sh  # the text above
 }
 
 OUT=${OUT:-out}
