@@ -3225,6 +3225,9 @@ STANDINS = {
         *device_count*) echo counted >> "$CALLS"; echo "$GPUS"; exit ;;
         esac""",
     "scontrol": '[ "$1" = requeue ] || printf "node%s\\n" $(seq "$SLURM_NNODES")',
+    "sbatch": """nodes=1
+        while [[ $1 == --* ]]; do [[ $1 != --nodes=* ]] || nodes=${1#*=}; shift; done
+        GPUS=4 SLURM_NNODES=$nodes SLURM_JOB_ID=1 SLURM_JOB_NODELIST=x exec bash "$@" """,
     "srun": """tasks=1
         while [[ $1 == --* ]]; do [[ $1 != --ntasks=* ]] || tasks=${1#*=}; shift; done
         for ((i = 0; i < tasks; i++)); do SLURM_NODEID=$i "$@" & done
@@ -3382,8 +3385,8 @@ def test_help_names_every_variable_that_run_sh_reads_and_an_unknown_command_show
 
 SLOW = """
 def slowly(save):
-    def slow(engine, folder):
-        save(engine, folder)
+    def slow(engine, folder, *rest):
+        save(engine, folder, *rest)
         (folder.parent / "saving").touch()
         time.sleep(SECONDS)
     return slow
@@ -3489,6 +3492,40 @@ def test_set_up_installs_only_when_the_requirements_have_changed(tmp_path):
         assert run.returncode == 0 and run.stderr.count("installing") == installs, run.stderr
         own = [folder / ".venv/bin/python", "-c", "import thing; print(thing.version)"]
         assert subprocess.check_output(own, text=True, cwd=tmp_path).strip() == version
+
+
+def test_every_run_sh_line_of_the_readme_starts_what_it_says(shell, tmp_path):
+    """Among the stand-ins; the flags that train.py is given are those that it knows."""
+    start, calls = shell
+    text = re.sub(r"\\\n\s*", "", (HERE / "README.md").read_text())
+    lines = re.findall(r"^    ((?:[A-Z_]+=.*)?\b(?:bash|sbatch) .*run\.sh.*)$", text, re.M)
+    assert len(lines) >= 7
+    for line in lines:
+        (tmp_path / "calls").unlink(missing_ok=True)
+        command = line.split("   ")[0]  # what follows is said about it
+        many = "sbatch" in command or "HOSTFILE" in command
+        (tmp_path / "line.sh").write_text(f"cd {HERE}\n{command}")
+        assert start(tmp_path / "line.sh", **STAGES if many else {}).wait() == 0, command
+        found = [launched(words)[1].output_dir for words in calls("deepspeed")]
+        nodes = int((re.findall(r"--nodes=(\d+)", command) or [1])[0])
+        assert len(found) == nodes * len(set(found)) and bool(found) == many, command
+        assert len(set(found)) == many + ("PRETRAIN_DATA" in command) * many, command
+
+
+def test_the_readme_explains_each_key_of_the_deepspeed_files_and_no_other():
+    """Trap 24: DeepSpeed's own class refuses a key that is spelt wrong."""
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    text = (HERE / "README.md").read_text().partition("The keys of both files")[2]
+    rows = re.findall(r"^\| `([\w.]+)` \| (.*?) ?\| (.*?) ?\| \w", text, re.M)
+    for column, name in ((1, "ds_zero2.json"), (2, "ds_zero3.json")):
+        config = json.loads((HERE / name).read_text())
+        flat = config.pop("zero_optimization")
+        assert DeepSpeedZeroConfig(**flat).stage == int(name[7])
+        for key, value in config.items():
+            inner = isinstance(value, dict)
+            flat |= {f"{key}.{k}": v for k, v in value.items()} if inner else {key: value}
+        assert {row[0]: json.loads(row[column]) for row in rows if row[column]} == flat
 
 
 def readme_commands():
