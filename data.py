@@ -844,7 +844,7 @@ def main(argv=None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("toy", help="write the built-in data")
     command.add_argument("--out", required=True, help="folder to write to")
-    command.add_argument("--scenes", type=int, default=7200, help="rows of stage 2")
+    command.add_argument("--scenes", type=int, default=8000, help="rows of stage 2")
     command.add_argument("--seed", type=int, default=0)
     command = commands.add_parser("show", help="print a row as the model gets it")
     command.add_argument("--model_name_or_path", required=True, help="a LLaVA folder")
