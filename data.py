@@ -526,9 +526,10 @@ def open_dataset(data_path, image_folder, model_folder, version="own", aspect_ra
     if config.model_type != "llava":
         raise ValueError(f"--model_name_or_path {model_folder}: not a LLaVA folder, but "
                          f"{config.model_type}: make one with `model.py build`")
-    vision = config.vision_config
+    vision = config.vision_config  # one token for each patch, and CLIP's CLS where it is kept
     tokens_per_picture = (vision.image_size // vision.patch_size) ** 2
-    tokens_per_picture += config.vision_feature_select_strategy == "full"  # the CLS token
+    tokens_per_picture += vision.model_type == "clip_vision_model"
+    tokens_per_picture -= config.vision_feature_select_strategy == "default"
     records = Records(data_path, tokens_per_picture)
     if records.has_picture.any() and not image_folder:
         raise ValueError(f"{data_path} has pictures: say where with --image_folder")

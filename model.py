@@ -45,6 +45,7 @@ from transformers.utils import logging as transformers_logging
 
 IMAGE = "<image>"
 DECODER = r"language_model\.(?!lm_head).+"  # paths of the layers that LoRA adapts and 4 bits pack
+TOWERS = {"clip_vision_model": 1, "siglip_vision_model": 0}  # how many tokens CLS is
 EMBEDDINGS, HEAD = "language_model.model.embed_tokens.weight", "language_model.lm_head.weight"
 
 
@@ -52,7 +53,7 @@ EMBEDDINGS, HEAD = "language_model.model.embed_tokens.weight", "language_model.l
 
 
 class VisionTower(nn.Module):
-    """(N, 3, S, S) > (N, P, Dv): CLIP's patches behind layer `vision_feature_layer`, without CLS.
+    """(N, 3, S, S) > (N, P, Dv): patches behind layer `vision_feature_layer`, without CLIP's CLS.
 
     LLaVA reads the last layer but one, so what lies behind it is never built: it would cost time,
     and as it gets no gradient it would trip everything that expects one.
@@ -62,6 +63,7 @@ class VisionTower(nn.Module):
         super().__init__()
         vision = copy.deepcopy(config.vision_config)
         vision.num_hidden_layers += 1 + config.vision_feature_layer
+        vision.vision_use_head = False  # SigLIP's pooling
         tower = AutoModel.from_config(vision)
         self.vision_model = getattr(tower, "vision_model", tower)  # transformers has both layouts
         self.vision_model.post_layernorm = nn.Identity()
@@ -71,7 +73,7 @@ class VisionTower(nn.Module):
         return self.vision_model(pixel_values).last_hidden_state[:, self.first:]
 
 
-class Projector(nn.Module):
+class Projector(nn.Sequential):
     """(N, P, Dv) > (N, P, D): `linear`, or `mlpNx_gelu`, N linears with exact GELU between them."""
 
     def __init__(self, kind: str, width_in: int, width_out: int):
@@ -80,13 +82,10 @@ class Projector(nn.Module):
         if kind != "linear" and not match:
             raise ValueError(f"mm_projector_type {kind}: known are linear and mlpNx_gelu, as in "
                              "mlp2x_gelu")
-        for i in range(int(match[1]) if match else 1):
-            self.add_module(f"linear_{i + 1}", nn.Linear(width_out if i else width_in, width_out))
-
-    def forward(self, x):
-        for i, linear in enumerate(self.children()):
-            x = linear(F.gelu(x) if i else x)
-        return x
+        self.add_module("linear_1", nn.Linear(width_in, width_out))
+        for i in range(2, int(match[1]) + 1 if match else 2):
+            self.add_module(f"act_{i - 1}", nn.GELU())
+            self.add_module(f"linear_{i}", nn.Linear(width_out, width_out))
 
 
 def merge(embeds, features, is_image):
@@ -120,8 +119,8 @@ class Llava(nn.Module):
 
     @property
     def tokens_per_picture(self) -> int:
-        vision = self.config.vision_config
-        return (vision.image_size // vision.patch_size) ** 2 + 1 - self.vision_tower.first
+        tower = self.vision_tower
+        return tower.vision_model.embeddings.num_positions - tower.first
 
     def embed(self, input_ids, pixel_values):
         """(B, T, D): the text's embeddings, with each picture's features over its placeholders.
@@ -137,7 +136,7 @@ class Llava(nn.Module):
         if not len(pixel_values):
             vision = self.config.vision_config
             pixel_values = pixel_values.new_zeros(1, 3, vision.image_size, vision.image_size)
-        dtype = self.multi_modal_projector.linear_1.weight.dtype  # the tower's may be another
+        dtype = next(self.multi_modal_projector.parameters()).dtype  # the tower's may be another
         features = self.multi_modal_projector(self.vision_tower(pixel_values).to(dtype))
         return merge(self.language_model.get_input_embeddings()(input_ids), features, is_image)
 
@@ -175,7 +174,7 @@ def check_config(config: LlavaConfig):
     act, bias = config.projector_hidden_act, config.multimodal_projector_bias
     layers = tower.num_hidden_layers + 1  # with the embeddings
     for name, value, known, only in (
-        ("vision_config", tower.model_type, tower.model_type == "clip_vision_model", "CLIP's"),
+        ("vision_config", tower.model_type, tower.model_type in TOWERS, " or ".join(TOWERS)),
         ("vision_feature_layer", layer, isinstance(layer, int) and -layers <= layer < 0,
          f"one number from -{layers} to -1"),
         ("projector_hidden_act", act, act == "gelu", "gelu"),
@@ -307,7 +306,7 @@ def match_weights(model: Llava, tensors: dict, where: str) -> dict:
     tensors = {canonical(name): tensor for name, tensor in tensors.items()
                if not re.search(r"(position_ids|inv_freq|masked_bias)$", name)}
     built = model.vision_tower.vision_model.config.num_hidden_layers
-    behind = r"vision_tower\.vision_model\.(?:encoder\.layers\.(\d+)|post_layernorm)\."
+    behind = r"vision_tower\.vision_model\.(?:encoder\.layers\.(\d+)|post_layernorm|head)\."
     for name in list(tensors):
         layer = re.match(behind, name)
         if layer and (layer[1] is None or int(layer[1]) >= built):
@@ -495,7 +494,7 @@ def build(vision_tower, language_model, out, kind="mlp2x_gelu", version="own", a
         write_json({"eos_token_id": text.stop_ids, "pad_token_id": tokenizer.pad_token_id},
                    Path(work) / "generation_config.json")
         model = join(vision_folder, text_folder, kind, image_token_id, tokenizer.pad_token_id)
-        write_processor(vision_folder, model.config.vision_config, aspect_ratio, Path(work))
+        write_processor(vision_folder, model.config, aspect_ratio, Path(work))
         save_pretrained(model, out, Path(work))
     return model
 
@@ -504,9 +503,10 @@ def join(vision_folder: Path, text_folder: Path, kind: str, image_token_id: int,
     """The model of a CLIP folder's and a language model's weights, and a fresh projector."""
     vision_config, text_config = read_config(vision_folder), read_config(text_folder)
     vision_config = getattr(vision_config, "vision_config", vision_config)  # CLIP has a text tower
+    has_cls = TOWERS.get(vision_config.model_type)
     tensors = {f"language_model.{name}": t for name, t in open_weights(text_folder).items()}
     tensors |= {f"vision_tower.{name}": t for name, t in open_weights(vision_folder).items()
-                if not re.match(r"text_model|text_projection|visual_projection|logit_scale", name)}
+                if not re.match(r"text_model|text_projection|visual_projection|logit_", name)}
     text_config.vocab_size = grow_embeddings(tensors, image_token_id)
     dtype = tensors[EMBEDDINGS].dtype
     projector = Projector(kind, vision_config.hidden_size, text_config.hidden_size).to(dtype)
@@ -514,6 +514,7 @@ def join(vision_folder: Path, text_folder: Path, kind: str, image_token_id: int,
     config = LlavaConfig(
         vision_config=vision_config, text_config=text_config, image_token_index=image_token_id,
         image_seq_length=(vision_config.image_size // vision_config.patch_size) ** 2, dtype=dtype,
+        vision_feature_select_strategy="default" if has_cls else "full",  # default: without CLS
         tie_word_embeddings=text_config.tie_word_embeddings, pad_token_id=pad_token_id,
         architectures=["LlavaForConditionalGeneration"])
     if kind != "mlp2x_gelu":  # transformers would fill any other with random weights, in silence
@@ -568,9 +569,10 @@ def grow_embeddings(tensors: dict, image_token_id: int) -> int:
     return rows + more
 
 
-def write_processor(vision_folder: Path, vision_config, aspect_ratio: str, out: Path):
+def write_processor(vision_folder: Path, config: LlavaConfig, aspect_ratio: str, out: Path):
     """The files from which transformers' AutoProcessor prepares pictures just as data.py does."""
-    size, found = vision_config.image_size, vision_folder / "preprocessor_config.json"
+    tower, found = config.vision_config, vision_folder / "preprocessor_config.json"
+    size = tower.image_size
     given = read_json(found) if found.is_file() else {}
     pictures = {
         **PROCESSORS[aspect_ratio], "do_convert_rgb": True, "do_resize": True,
@@ -582,8 +584,9 @@ def write_processor(vision_folder: Path, vision_config, aspect_ratio: str, out: 
     processor = {"processor_class": "LlavaProcessor"}
     write_json(pictures | processor, out / "preprocessor_config.json")
     write_json(processor | {
-        "image_token": IMAGE, "patch_size": vision_config.patch_size,
-        "num_additional_image_tokens": 1, "vision_feature_select_strategy": "default",
+        "image_token": IMAGE, "patch_size": tower.patch_size,
+        "num_additional_image_tokens": TOWERS[tower.model_type],
+        "vision_feature_select_strategy": config.vision_feature_select_strategy,
         "image_processor": pictures}, out / "processor_config.json")
 
 
@@ -671,7 +674,7 @@ def reply(model: Llava, text, messages: list[dict], pixels: list, **options) -> 
     """The answer to a conversation [{role, content}] whose pictures are `pixels` [(3, S, S)]."""
     ids = torch.tensor(text.ids_and_labels(messages, prompt=True)[0])
     times = torch.where(ids == model.config.image_token_id, model.tokens_per_picture, 1)
-    device = model.multi_modal_projector.linear_1.weight.device
+    device = next(model.parameters()).device
     ids = ids.repeat_interleave(times)[None].to(device)  # (1, T)
     pictures = torch.stack(pixels).to(device) if pixels else torch.zeros(0, device=device)
     new = model.generate(ids, pictures, torch.ones_like(ids), text.stop_ids, **options)
@@ -756,17 +759,17 @@ def read_line(prompt: str) -> str:
 
 
 def parse(argv):
-    from data import Parser
+    from data import VERSIONS, Parser
 
     parser = Parser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("build", help="join a vision tower and a language model")
     add = command.add_argument
-    add("--vision_tower", help="CLIP's folder, or hub id")
+    add("--vision_tower", help="CLIP's or SigLIP's folder, or hub id")
     add("--language_model", help="the language model's folder, or hub id")
     add("--out", required=True, help="folder to write to")
     add("--mm_projector_type", default="mlp2x_gelu", help="linear, or mlpNx_gelu")
-    add("--version", default="own", choices=["v1", "llava_llama_2", "chatml_direct", "own"],
+    add("--version", default="own", choices=[v for v in VERSIONS if v != "plain"],
         help="the chat template to save; own: the language model's")
     add("--image_aspect_ratio", default="pad", choices=["pad", "square"],
         help="how pictures become square")

@@ -7,6 +7,7 @@ mistakes of earlier LLaVA trainers that a test guards against.
 """
 
 import contextlib
+import difflib
 import functools
 import gc
 import io
@@ -21,6 +22,7 @@ import struct
 import subprocess
 import sys
 import time
+import types
 import zipfile
 import zlib
 from collections import Counter
@@ -67,7 +69,9 @@ from transformers import (
     PhiConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
-    SiglipVisionConfig,
+    SiglipConfig,
+    SiglipModel,
+    ViTConfig,
     get_cosine_schedule_with_warmup,
     get_linear_schedule_with_warmup,
 )
@@ -1736,15 +1740,14 @@ def test_a_faulty_model_folder_is_refused_in_one_line(good, tmp_path, capsys, fa
 
 def test_commands_refuse_bad_arguments_and_leave_nothing_behind(good, tmp_path, capsys):
     vision, text = parts(tmp_path)
-    tower = SiglipVisionConfig(**{k: v for k, v in VISION.items() if k != "initializer_range"})
-    AutoModel.from_config(tower).save_pretrained(text / "siglip")
+    AutoModel.from_config(ViTConfig(**VISION)).save_pretrained(text / "vit")
     command = ["build", "--vision_tower", vision, "--language_model", text, "--out"]
     new = tmp_path / "a/b"
     assert "exists" in refused(capsys, *command, text)
     assert "mm_projector_type" in refused(capsys, *command, new, "--mm_projector_type", "mlp")
     assert "--vision_tower" in refused(capsys, "build", "--out", new)
     assert "nowhere" in refused(capsys, *command, new, "--vision_tower", tmp_path / "nowhere")
-    assert "siglip" in refused(capsys, *command, new, "--vision_tower", text / "siglip")
+    assert "vit" in refused(capsys, *command, new, "--vision_tower", text / "vit")
     (vision / "model.safetensors").unlink()
     assert "model.safetensors" in refused(capsys, *command, new)
     (text / "chat_template.jinja").unlink()
@@ -1769,12 +1772,6 @@ def test_saving_refuses_what_exists_and_a_failed_save_leaves_nothing(good, tmp_p
     with pytest.raises(ZeroDivisionError):
         llava.save_pretrained(model, tmp_path / "out", folder)
     assert not list(tmp_path.iterdir())
-
-
-def test_model_py_alone_in_an_empty_folder_can_be_imported(tmp_path):
-    shutil.copy(llava.__file__, tmp_path)
-    alone = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    subprocess.run([sys.executable, "-c", "import model"], cwd=tmp_path, env=alone, check=True)
 
 
 # --- lora.py ---
@@ -3213,6 +3210,206 @@ def test_a_damaged_run_is_named_and_a_half_written_checkpoint_passed_over(world,
         (tmp_path / "a" / file).write_text("[]")
         status, _, error = run(world, tmp_path / "a", **flags, resume_from_checkpoint="latest")
         assert status == 2 and file in error and error.count("\n") == 1
+
+
+# --- taken alone, and changed ---
+
+ALONE = {  # ten lines each that know nothing of the other files, and what they print
+    "model": (
+        """
+import torch, model
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
+shape = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
+llava = model.Llava(LlavaConfig(
+    vision_config=CLIPVisionConfig(**shape, image_size=28, patch_size=14),
+    text_config=LlamaConfig(**shape, vocab_size=50), image_token_index=49))
+ids, picture = torch.tensor([[1, 49, 49, 49, 49, 5, 6, 7, 2]]), torch.randn(1, 3, 28, 28)
+optimizer = torch.optim.AdamW(llava.parameters(), lr=1e-2)
+for _ in range(30):
+    llava(ids, picture, labels=ids.where(ids < 49, -100))[0].backward()
+    optimizer.step(), optimizer.zero_grad()
+print(llava.generate(ids[:, :6], picture, torch.ones(1, 6), eos_token_id=[2]).tolist())
+""",
+        "[[6, 7, 2]]",
+    ),
+    "data": (
+        """
+import json, data
+from PIL import Image
+from transformers import AutoTokenizer
+tokenizer = AutoTokenizer.from_pretrained(".")
+tokenizer.add_tokens("<image>", special_tokens=True)
+Image.new("RGB", (40, 30), "red").save("red.png")
+turns = [{"from": "human", "value": "<image>What is it?"}, {"from": "gpt", "value": "A circle."}]
+json.dump([{"image": "red.png", "conversations": turns}], open("rows.json", "w"))
+text, transform = data.ChatText(tokenizer, "chatml_direct"), data.PictureTransform(28, [.5] * 3, [.5] * 3, "pad")
+rows = data.LlavaDataset(data.Records("rows.json"), data.Pictures("."), text, transform, 4)
+batch = data.Collator(text.image_token_id, 4)([rows[0], rows[0]])
+labels = batch["labels"][1]
+print(batch["pixel_values"].shape, tokenizer.decode(labels[labels >= 0]))
+""",
+        "torch.Size([2, 3, 28, 28]) A circle.<|im_end|>",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_a_file_alone_in_an_empty_folder_does_its_work(name, tmp_path):  # lora.py: see PASTED
+    script, printed = ALONE[name]
+    shutil.copy(HERE / f"{name}.py", tmp_path)
+    if name == "data":
+        small_tokenizer("qwen2").save_pretrained(tmp_path)
+    alone = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    command = [sys.executable, "-c", script]
+    run = subprocess.run(command, cwd=tmp_path, env=alone, text=True, stdout=subprocess.PIPE)
+    assert run.returncode == 0 and run.stdout.strip() == printed
+
+
+def changed(module, lines, *edits):
+    """A module of ours with text replaced, as a newcomer would, in `lines` new or other lines."""
+    before = after = Path(module.__file__).read_text()
+    for old, new in edits:
+        assert after.count(old) == 1, f"{old} is not in {module.__name__} once"
+        after = after.replace(old, new)
+    difference = difflib.unified_diff(before.splitlines(), after.splitlines(), n=0)
+    assert sum(line[0] == "+" and line[:3] != "+++" for line in difference) == lines
+    other = types.ModuleType(f"changed_{module.__name__}")
+    exec(compile(after, module.__file__, "exec"), vars(other))
+    return other
+
+
+def test_change_another_projector_takes_three_lines(world, tmp_path, monkeypatch):
+    other = changed(
+        llava,
+        3,
+        (
+            '        self.add_module("linear_1"',
+            '        if kind == "norm_linear":\n'
+            '            self.add_module("norm", nn.LayerNorm(width_in))\n'
+            '        self.add_module("linear_1"',
+        ),
+        ('if kind != "linear" and not', 'if kind not in ("linear", "norm_linear") and not'),
+    )
+    monkeypatch.setattr(train, "llava", other)
+    other.build(*parts(tmp_path), tmp_path / "llava", "norm_linear")
+    assert run(world, tmp_path / "a", model_name_or_path=tmp_path / "llava", max_steps=2)[0] == 0
+    model, saved = other.from_pretrained(tmp_path / "a/final"), weights_of(tmp_path / "a")
+    norm = model.multi_modal_projector.norm
+    assert torch.equal(norm.weight, saved["multi_modal_projector.norm.weight"])
+    assert (norm.weight != 1).any() and model.config.architectures == ["LlavaWith_norm_linear"]
+
+
+def test_change_the_towers_last_layer_alone_trains_by_one_line(world, tmp_path, monkeypatch):
+    other = changed(
+        train,
+        1,
+        ('"full": (["vision_tower"', '"full": (["vision_tower.vision_model.encoder.layers.1."'),
+    )
+    monkeypatch.setitem(globals(), "train", other)
+    assert run(world, tmp_path / "a", max_steps=2)[0] == 0
+    before, after = tensors_of(world / "llava"), weights_of(tmp_path / "a")
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    tower = {name for name in moved if name.startswith("vision_tower")}
+    assert tower and all(".layers.1." in name for name in tower)
+    assert {name.split(".")[0] for name in moved} == {
+        "vision_tower",
+        "multi_modal_projector",
+        "language_model",
+    }
+
+
+LLAMA_3 = (
+    "{% set loop_messages = messages %}{% for message in loop_messages %}"
+    "{% set content = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'"
+    "+ message['content'] | trim + '<|eot_id|>' %}"
+    "{% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}{{ content }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+
+
+def test_change_llama_3s_template_is_taken_as_it_is_and_takes_six_lines_to_name(tmp_path):
+    tokenizer = byte_level()
+    marks = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+    tokenizer.add_tokens(marks, special_tokens=True)
+    tokenizer.bos_token, tokenizer.eos_token = marks[0], marks[-1]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{marks[0]} $A", special_tokens=[(marks[0], tokenizer.bos_token_id)]
+    )
+    tokenizer.chat_template = LLAMA_3
+    turns = [("What is it?", "A frog."), ("On what?", "A leaf.")]
+    messages = [{"role": "system", "content": "Answer the questions."}, *messages_of(turns)]
+    expected = tokenizer.apply_chat_template(messages, return_dict=False)
+    assert expected.count(tokenizer.bos_token_id) == 1  # trap 44
+    ids, labels = ChatText(tokenizer).ids_and_labels(messages)
+    assert ids == expected
+    taught = [label for label in labels if label != IGNORE]
+    assert tokenizer.decode(taught) == "A frog.<|eot_id|>A leaf.<|eot_id|>"
+
+    named = """_TEMPLATES = {
+    "llama_3": (
+        "Answer the questions.",
+        "{{ BOS }}{%- for turn in [{'role': 'system', 'content': system}] + turns -%}"
+        "{{ '<|start_header_id|>' + turn.role + '<|end_header_id|>\\n\\n' }}"
+        "{{ turn.content + '<|eot_id|>' }}{%- endfor -%}"
+        "{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' if add_generation_prompt }}"),
+"""
+    other = changed(data, 6, ("_TEMPLATES = {\n", named))
+    text = other.ChatText(tokenizer, "llama_3")
+    assert text.ids_and_labels(messages[1:]) == (ids, labels) and "llama_3" in other.VERSIONS
+
+
+def test_change_a_lora_target_is_a_flag(world, tmp_path):
+    target = r"language_model\..*\.(q_proj|up_proj)"
+    assert run(world, tmp_path / "a", **LORA, lora_target_modules=target, max_steps=1)[0] == 0
+    adapter = load_file(tmp_path / "a/final/adapter_model.safetensors")
+    found = {name.split(".")[-3] for name in adapter if "lora_A" in name}
+    assert found == {"q_proj", "up_proj"}
+
+
+def siglip(path):
+    """A folder of a small SigLIP with its text tower: no CLS, 42 pixels, so 9 tokens a picture."""
+    vision = {k: v for k, v in VISION.items() if k != "initializer_range"} | {"image_size": 42}
+    text = {k: v for k, v in SMALL.items() if k != "initializer_range"} | {"vocab_size": 99}
+    config = SiglipConfig(vision_config=vision, text_config=text)
+    SiglipModel(config).save_pretrained(path)
+    means = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    (path / "preprocessor_config.json").write_text(json.dumps(means))
+    return path
+
+
+@pytest.mark.parametrize("aspect_ratio", ["square", "pad"])
+def test_change_siglip_in_place_of_clip_is_a_flag_and_equals_transformers(
+    world, tmp_path, aspect_ratio
+):
+    vision, folder = siglip(tmp_path / "siglip"), tmp_path / "llava"
+    llava.build(vision, parts(tmp_path)[1], folder, aspect_ratio=aspect_ratio)
+    trained = tmp_path / "a/final"
+    assert run(world, tmp_path / "a", model_name_or_path=folder, max_steps=2)[0] == 0
+    given = {k: v for k, v in load_file(vision / "model.safetensors").items() if "vision" in k}
+    saved = {k.removeprefix("vision_tower."): v for k, v in tensors_of(trained).items()}
+    assert given.keys() == {k for k in saved if k.startswith("vision_model.")}
+    unused = [k for k in given if re.search(r"layers\.2|post_layer|head", k)]
+    assert len(unused) > 20 and all(torch.equal(saved[k], given[k]) for k in unused)
+
+    reference, model = theirs(trained), llava.from_pretrained(trained).eval()
+    rows = data.open_dataset(world / "rows.json", world / "images", trained)
+    batch = data.Collator(rows.image_token_id, model.tokens_per_picture)([rows[0], rows[2]])
+    ids, pixels = batch["input_ids"], batch["pixel_values"]
+    assert rows.tokens_per_picture == model.tokens_per_picture == 9 and pixels.shape[2:] == (42, 42)
+    with torch.no_grad():
+        logits = model.language_model(inputs_embeds=model.embed(ids, pixels)).logits
+        expected = reference(input_ids=ids, pixel_values=pixels).logits
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=0)
+
+    image = Image.open(world / "images/0.png")
+    content = [{"type": "image", "image": image}, {"type": "text", "text": QUESTION}]
+    options = dict(tokenize=True, return_dict=True, return_tensors="pt")
+    theirs_says = AutoProcessor.from_pretrained(trained).apply_chat_template(
+        [{"role": "user", "content": content}], **options
+    )
+    assert (theirs_says["input_ids"] == rows.image_token_id).sum() == 9
+    ours = PictureTransform.from_pretrained(trained)(image)
+    np.testing.assert_allclose(ours, theirs_says["pixel_values"][0].numpy(), atol=1e-5)
 
 
 # --- run.sh ---

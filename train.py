@@ -48,8 +48,8 @@ import data
 import lora
 import model as llava
 
-# The modules that train whole, and the recipe of LLaVA-1.5: learning rate, rows of a micro-batch,
-# template. Its global batch is 256 rows in stage 1 and 128 in stage 2, on eight GPUs.
+# How the names of what trains whole begin, and the recipe of LLaVA-1.5: learning rate, rows of a
+# micro-batch, template. Its global batch is 256 rows in stage 1 and 128 in stage 2, on eight GPUs.
 TRAIN_TYPES = {
     "projector": (["multi_modal_projector"], 1e-3, 32, "plain"),
     "freeze_vision": (["multi_modal_projector", "language_model"], 2e-5, 16, "own"),
@@ -84,9 +84,9 @@ def load_model(args, source: Path, device: str):
             raise ValueError(f"--lora_target_modules {args.lora_target_modules}: matches "
                              f"{outside[0]}; adapters are for the decoder's layers only")
         print(lora.fold(names))
-    modules = TRAIN_TYPES[args.train_type][0] if args.train_type else []
+    trained = TRAIN_TYPES[args.train_type][0] if args.train_type else []
     for name, p in model.named_parameters():
-        p.requires_grad_(name.split(".")[0] in modules or ".lora." in name)
+        p.requires_grad_(name.startswith(tuple(trained)) or ".lora." in name)
     return model
 
 
