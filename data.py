@@ -13,9 +13,11 @@ A record, in LLaVA's format, and what becomes of it:
 
 Labels are unshifted, as Hugging Face has them: the model compares position t with label t + 1.
 
-    python data.py toy  --out out/toy
-    python data.py show --model_name_or_path out/model --data_path out/toy/train.json \\
-                        --image_folder out/toy/images
+    python data.py toy   --out out/toy
+    python data.py show  --model_name_or_path out/model --data_path out/toy/train.json \\
+                         --image_folder out/toy/images
+    python data.py check --data_path out/toy/train.json --image_folder out/toy/images
+    python data.py okvqa --questions F --annotations F --image_folder DIR --out DIR
 
 Sources: LLaVA's record format, templates and masks (github.com/haotian-liu/LLaVA,
 llava/conversation.py and llava/train/train.py), CLIP's preprocessing (github.com/openai/CLIP,
@@ -24,6 +26,7 @@ clip/clip.py).
 
 import argparse
 import collections
+import contextlib
 import functools
 import io
 import json
@@ -41,6 +44,7 @@ import numpy as np
 import torch
 from jinja2.exceptions import TemplateError
 from PIL import Image, ImageDraw
+from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer
 
 IMAGE = "<image>"  # one in the text for each picture of the row
@@ -142,11 +146,15 @@ class Pictures:
         elif not self.path.is_dir():
             raise FileNotFoundError(f"--image_folder {path}: no such folder or .zip")
 
-    def read(self, name: str) -> bytes:
-        """A picture's bytes; FileNotFoundError, or ValueError where the archive is damaged."""
+    def __contains__(self, name: str) -> bool:
+        return name in self.entries if self.archive is not None else (self.path / name).is_file()
+
+    def read(self, name: str, at_most: int | None = None) -> bytes:
+        """A file's bytes, or its first; FileNotFoundError, or ValueError if the zip is damaged."""
         if self.archive is None:
             try:
-                return (self.path / name).read_bytes()
+                with open(self.path / name, "rb") as file:
+                    return file.read(at_most)
             except (OSError, ValueError) as error:
                 reason = type(error).__name__
                 raise FileNotFoundError(f"picture {self.path / name}: {reason}") from None
@@ -156,11 +164,13 @@ class Pictures:
         try:
             # A local header is 30 bytes and two strings, whose lengths are its last two fields.
             strings = struct.unpack("<2H", os.pread(self.archive, 30, offset)[26:])
-            data = os.pread(self.archive, size, offset + 30 + sum(strings))
-            data = zlib.decompress(data, -15) if method == zipfile.ZIP_DEFLATED else data
+            part = size if at_most is None else min(size, at_most)
+            data = os.pread(self.archive, part, offset + 30 + sum(strings))
+            if method == zipfile.ZIP_DEFLATED:
+                data = zlib.decompressobj(-15).decompress(data)
         except (OSError, struct.error, zlib.error) as error:
             raise ValueError(f"picture {name} in {self.path}: damaged ({error})") from None
-        if zlib.crc32(data) != crc:
+        if part == size and zlib.crc32(data) != crc:
             raise ValueError(f"picture {name} in {self.path}: damaged (checksum)")
         return data
 
@@ -405,45 +415,70 @@ def image_list(row: dict) -> list[str]:
 
 
 def read_rows(path: Path):
-    """Yields the rows of a .json or .jsonl file; ValueError names the line that is not JSON."""
+    """Yields (row, its JSON text) of a .json or .jsonl file; ValueError names the wrong line.
+
+    Rows are parsed one by one: as Python objects, all at once, they would take many times the room.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"--data_path {path}: no such file")
-    by_line, text = path.suffix == ".jsonl", path.read_bytes()
-    for number, chunk in enumerate(text.split(b"\n") if by_line else [text]):
-        if by_line and not chunk.strip():
-            continue
-        try:
-            rows = json.loads(chunk)
-        except (ValueError, RecursionError) as error:  # or not UTF-8, or beyond Python's limits
-            line, reason = number + getattr(error, "lineno", 1), getattr(error, "msg", error)
-            raise ValueError(f"{path}: line {line}: not JSON ({reason})") from None
-        if not by_line and not isinstance(rows, list):
-            raise ValueError(f"{path}: expected a list of rows, found {type(rows).__name__}")
-        yield from [rows] if by_line else rows
+    content, line = path.read_bytes(), 0
+    try:
+        if path.suffix == ".jsonl":
+            for line, text in enumerate(content.split(b"\n")):
+                if text.strip():
+                    yield json.loads(text), text
+        else:
+            yield from read_list(content.decode(json.detect_encoding(content), "surrogatepass"))
+    except (ValueError, RecursionError) as error:  # or not UTF-8, or beyond Python's limits
+        line, reason = line + getattr(error, "lineno", 1), getattr(error, "msg", error)
+        raise ValueError(f"{path}: line {line}: not JSON rows ({reason})") from None
+
+
+def read_list(text: str):
+    """Yields (value, its own text) of a JSON list, as strict as json.loads."""
+    decode = json.JSONDecoder().raw_decode
+    space = "[ \t\n\r]*"
+    behind = re.compile(rf"{space}(?:,{space}|(\]{space}\Z))").match  # a value; 1: it was the last
+    found = re.match(rf"{space}\[{space}(\]{space}\Z)?", text)
+    if not found:
+        raise ValueError(f"expected a list of rows, found {type(json.loads(text)).__name__}")
+    while not found[1]:
+        value, end = decode(text, found.end())
+        yield value, text[found.end():end].encode("utf-8", "surrogatepass")
+        found = behind(text, end)
+        if not found:
+            raise json.JSONDecodeError("expected a comma, or ] and the end", text, end)
+
+
+def text_bytes(row) -> int:
+    """The bytes of a row's turns; 0 where it is wrong, which is not for here to say."""
+    try:
+        return sum(len(turn["value"].encode("utf-8", "replace")) for turn in row["conversations"])
+    except (TypeError, KeyError, AttributeError):
+        return 0
 
 
 class Records:
     """The rows of a .json or .jsonl file, packed in one buffer.
 
     Worker processes share a buffer for good; a list of dicts they would copy page by page, because
-    reading a Python object writes its reference count. `lengths` estimates each row's tokens from
-    its characters, for the sampler.
+    reading a Python object writes its reference count. `lengths` estimates each row's tokens, four
+    bytes of text to one, for the sampler.
     """
 
     def __init__(self, path: str | Path, tokens_per_picture: int = 576):
         self.path = Path(path)
-        packed, lengths, pictures = [], [], []
-        for row in read_rows(self.path):
-            fields = row if isinstance(row, dict) else {}
-            text, images = json.dumps(fields.get("conversations")), image_list(fields)
-            lengths.append(len(text) // 4 + len(images) * tokens_per_picture)
-            pictures.append(len(images) > 0)
-            packed.append(json.dumps(row, ensure_ascii=False).encode("utf-8", "surrogatepass"))
-        if not packed:
+        buffer, ends, lengths, pictures = bytearray(), [], [], []
+        for row, text in read_rows(self.path):
+            images = len(image_list(row)) if isinstance(row, dict) else 0
+            lengths.append(text_bytes(row) // 4 + images * tokens_per_picture)
+            pictures.append(images > 0)
+            buffer += text
+            ends.append(len(buffer))
+        if not ends:
             raise ValueError(f"{self.path}: no rows")
         self.lengths, self.has_picture = np.array(lengths), np.array(pictures)
-        self.ends = np.cumsum([len(row) for row in packed])
-        self.buffer = np.frombuffer(b"".join(packed), np.uint8)
+        self.ends, self.buffer = np.array(ends), np.frombuffer(buffer, np.uint8)
 
     def __len__(self) -> int:
         return len(self.ends)
@@ -517,6 +552,14 @@ class LlavaDataset(torch.utils.data.Dataset):
         return keep
 
 
+def open_files(data_path, image_folder, tokens_per_picture=576):
+    """The records, and the pictures (None where no row has any)."""
+    records = Records(data_path, tokens_per_picture)
+    if records.has_picture.any() and not image_folder:
+        raise ValueError(f"{data_path} has pictures: say where with --image_folder")
+    return records, Pictures(image_folder) if image_folder else None
+
+
 def open_dataset(data_path, image_folder, model_folder, version="own", aspect_ratio=None,
                  max_length=2048, on_bad_record="stop", text=None) -> LlavaDataset:
     """The rows of a file as a model's folder wants them: its template, its pictures, its counts."""
@@ -530,10 +573,7 @@ def open_dataset(data_path, image_folder, model_folder, version="own", aspect_ra
     tokens_per_picture = (vision.image_size // vision.patch_size) ** 2
     tokens_per_picture += vision.model_type == "clip_vision_model"
     tokens_per_picture -= config.vision_feature_select_strategy == "default"
-    records = Records(data_path, tokens_per_picture)
-    if records.has_picture.any() and not image_folder:
-        raise ValueError(f"{data_path} has pictures: say where with --image_folder")
-    pictures = Pictures(image_folder) if image_folder else None
+    records, pictures = open_files(data_path, image_folder, tokens_per_picture)
     text = text or ChatText(AutoTokenizer.from_pretrained(model_folder), version)
     transform = PictureTransform.from_pretrained(model_folder, aspect_ratio)
     return LlavaDataset(records, pictures, text, transform, tokens_per_picture, max_length,
@@ -832,6 +872,170 @@ def thumbnail(transform: PictureTransform, pixels: np.ndarray, width: int = 48) 
     return "\n".join(lines)
 
 
+class Check(torch.utils.data.Dataset):
+    """Item i is what `data.py check` finds out about row i: (id, figures, faults).
+
+    figures  numbers of turns, pictures, tokens, tokens kept, tokens supervised; 0 where not known
+    faults   what is wrong, a line each
+    `rows` is the set as a model wants it, or None: then there are no tokens. Of a picture the
+    header is read, or, if `full`, all of it decoded.
+    """
+
+    def __init__(self, records: Records, pictures: Pictures, rows: LlavaDataset | None, full: bool):
+        self.records, self.pictures, self.rows, self.full = records, pictures, rows, full
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, i: int) -> tuple:
+        row, figures, names, faults = self.records[i], [0] * 5, [], []
+        with self.noting(i, faults):
+            messages, names = parse_record(row)
+            figures[:2] = len(messages), len(names)
+            if self.rows:
+                ids, labels = self.rows.text.ids_and_labels(messages)
+                more = len(names) * (self.rows.tokens_per_picture - 1)
+                figures[2] = len(ids) + more
+                keep = self.rows.fit(ids, labels)
+                figures[3:] = keep + more, sum(label != IGNORE for label in labels[:keep])
+        for name in names:
+            with self.noting(i, faults):
+                self.look_at(name)
+        return row.get("id") if isinstance(row, dict) else None, figures, faults
+
+    @contextlib.contextmanager
+    def noting(self, i: int, faults: list):
+        try:
+            yield
+        except (ValueError, FileNotFoundError) as error:
+            faults.append(f"{self.records.where(i)}: {error}")
+
+    def look_at(self, name: str):
+        """Raises what training would: ValueError or FileNotFoundError."""
+        if not self.full:
+            with contextlib.suppress(Exception):  # a longer header, or a fault: see it all
+                return Image.open(io.BytesIO(self.pictures.read(name, at_most=2**16)))
+        decode_picture(self.pictures.read(name), name)
+
+
+def check(rows: Check, max_length: int) -> int:
+    """Prints the faults of all rows and a report; the number of faults. Every core takes part."""
+    ids, figures, count = collections.Counter(), [], 0
+    batches = torch.utils.data.DataLoader(
+        rows, batch_size=64, collate_fn=list, num_workers=len(os.sched_getaffinity(0)),
+        multiprocessing_context="fork")
+    with tqdm(total=len(rows), unit=" rows", dynamic_ncols=True, disable=None) as bar:
+        for batch in batches:
+            for name, numbers, faults in batch:
+                ids[repr(name)] += name is not None
+                figures.append(np.array(numbers, np.int32))
+                count += len(faults)
+                for fault in faults:
+                    bar.write(fault)
+            bar.update(len(batch))
+    turns, pictures, tokens, kept, supervised = np.array(figures).T
+    print(f"rows        {len(rows):,}, {(~rows.records.has_picture).sum():,} of them text-only\n"
+          f"turns       {turns.sum():,}\npictures    {pictures.sum():,}")
+    if (known := tokens[tokens > 0]).size:
+        shares = ", ".join(f"{share} % have up to {np.percentile(known, share):,.0f}"
+                           for share in (50, 90, 99))
+        cut = (known > max_length).sum()
+        print(f"tokens      {shares}, the longest row {known.max():,}\n"
+              f"cut         {cut:,} rows ({cut / len(known):.2%}) at {max_length:,} tokens\n"
+              f"supervised  {supervised.sum() / max(kept.sum(), 1):.1%} of the tokens")
+    repeated = [name for name, times in ids.items() if times > 1]
+    print(f"ids         {len(repeated):,} of them repeated" + "".join(
+        f", the first {name}" for name in repeated[:1]))
+    print(f"faults      {count:,}" + (": mend or remove these rows, or train with --on_bad_record "
+                                      "skip" if count else ""))
+    return count
+
+
+def check_files(args) -> int:
+    """`data.py check`: the number of faults."""
+    if args.model_name_or_path:
+        rows = open_dataset(args.data_path, args.image_folder, args.model_name_or_path,
+                            args.version, None, args.model_max_length)
+        return check(Check(rows.records, rows.pictures, rows, args.full), args.model_max_length)
+    records, pictures = open_files(args.data_path, args.image_folder)
+    return check(Check(records, pictures, None, args.full), args.model_max_length)
+
+
+# Of OK-VQA and VQAv2 as they are published. LLaVA-1.5 asks for short answers with these words.
+SHORT_ANSWER = "Answer the question using a single word or phrase."
+
+
+def read_vqa(path: str, key: str, take) -> tuple[dict, list]:
+    """A raw file and, for each item of its list `key`, take(item)."""
+    try:
+        content = json.loads(Path(path).read_bytes())
+        return content, [take(item) for item in content[key]]
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path}: not {key} as OK-VQA and VQAv2 publish them "
+                         f"({type(error).__name__}: {error})") from None
+
+
+def vqa_rows(questions: str, annotations: str, pictures: Pictures) -> list[dict]:
+    """A row for each question: the answer to learn is the commonest of the ten that people gave,
+    the first of several such. All ten are kept under `answers`, for scoring.
+    """
+    content, asked = read_vqa(questions, "questions", lambda q: (
+        int(q["question_id"]), int(q["image_id"]), q["question"].strip()))
+    _, given = read_vqa(annotations, "annotations", lambda a: (
+        int(a["question_id"]), [answer["answer"].strip() for answer in a["answers"]]))
+    given, split = dict(given), content.get("data_subtype")  # as train2014: COCO's folder, too
+    rows, missing = [], []
+    for number, image, question in asked:
+        if not given.get(number):
+            raise ValueError(f"{annotations}: no answer to question {number} of {questions}")
+        name = f"COCO_{split}_{image:012d}.jpg"
+        found = [place for place in (name, f"{split}/{name}") if place in pictures]
+        missing += [] if found else [name]
+        answer = max(given[number], key=given[number].count)
+        rows.append({"id": str(number), "image": (found or [name])[0], "conversations": [
+            {"from": "human", "value": f"{IMAGE}\n{question}\n{SHORT_ANSWER}"},
+            {"from": "gpt", "value": answer}], "answers": given[number]})
+    if missing:
+        raise FileNotFoundError(f"{questions}: {len(missing)} of {len(rows)} questions have no "
+                                f"picture in {pictures.path}, the first {missing[0]}: get COCO's "
+                                f"{split}, or name the folder or .zip that holds it")
+    return rows
+
+
+def okvqa(args):
+    """Writes train.json and validation.json; no picture is in both."""
+    out, pictures = Path(args.out), Pictures(args.image_folder)
+    if out.exists():
+        raise ValueError(f"--out {out}: exists already; name a new folder")
+    if not len(args.questions) == len(args.annotations) <= 2:
+        raise ValueError("--questions and --annotations take one file each, or two: to train on, "
+                         "and to validate with")
+    train, *more = [vqa_rows(*files, pictures) for files in zip(args.questions, args.annotations)]
+    names = sorted({row["image"] for row in train})
+    if more:
+        held_out = {row["image"] for row in more[0]}
+        if both := held_out.intersection(names):
+            raise ValueError(f"{args.questions[1]}: {min(both)} is a picture of "
+                             f"{args.questions[0]}, too")
+    else:
+        random.Random(args.seed).shuffle(names)
+        held_out = set(names[:round(len(names) * args.val_fraction)])
+    rows = train + sum(more, [])
+    train, validation = ([row for row in rows if (row["image"] in held_out) == held]
+                         for held in (False, True))
+    if not train or not validation:
+        raise ValueError(f"{len(train)} questions to train on and {len(validation)} to validate "
+                         f"with, at --val_fraction {args.val_fraction}: neither may be empty")
+    part = out.with_name(out.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    for name, rows in (("train", train), ("validation", validation)):
+        (part / f"{name}.json").write_text(json.dumps(rows, indent=1))
+        print(f"{out / name}.json: {len(rows):,} questions about "
+              f"{len({row['image'] for row in rows}):,} pictures")
+    part.rename(out)
+
+
 class Parser(argparse.ArgumentParser):
     def __init__(self, **options):
         super().__init__(allow_abbrev=False, **options)
@@ -847,26 +1051,45 @@ def main(argv=None) -> int:
     command.add_argument("--out", required=True, help="folder to write to")
     command.add_argument("--scenes", type=int, default=8000, help="rows of stage 2")
     command.add_argument("--seed", type=int, default=0)
-    command = commands.add_parser("show", help="print a row as the model gets it")
-    command.add_argument("--model_name_or_path", required=True, help="a LLaVA folder")
-    command.add_argument("--data_path", required=True, help=".json or .jsonl in LLaVA's format")
-    command.add_argument("--image_folder", help="a folder of pictures, or a .zip")
-    command.add_argument("--version", choices=VERSIONS, default="own", help="the template")
+    for name, what in (("show", "print a row as the model gets it"),
+                       ("check", "read all rows and pictures; say what is wrong with them")):
+        command = commands.add_parser(name, help=what)
+        command.add_argument("--model_name_or_path", required=name == "show",
+                             help="a LLaVA folder; check counts no tokens without one")
+        command.add_argument("--data_path", required=True, help=".json or .jsonl in LLaVA's format")
+        command.add_argument("--image_folder", help="a folder of pictures, or a .zip")
+        command.add_argument("--version", choices=VERSIONS, default="own", help="the template")
+        command.add_argument("--model_max_length", type=int, default=2048,
+                             help="tokens of a row, pictures included")
+    command.add_argument("--full", action="store_true", help="decode each picture whole")
+    command = commands.choices["show"]
     command.add_argument("--image_aspect_ratio", choices=["pad", "square"])
-    command.add_argument("--model_max_length", type=int, default=2048,
-                         help="tokens of a row, pictures included")
     command.add_argument("--index", type=int, default=0, help="which row, from 0")
     command.add_argument("--json", action="store_true", help="input_ids and labels, for machines")
+    command = commands.add_parser("okvqa", help="OK-VQA's or VQAv2's raw files to LLaVA's format")
+    command.add_argument("--questions", required=True, nargs="+", metavar="F",
+                         help="raw .json to train on, and, if it is not to be split, to validate")
+    command.add_argument("--annotations", required=True, nargs="+", metavar="F",
+                         help="the raw answers to each of them")
+    command.add_argument("--image_folder", required=True, help="COCO's pictures, a folder or .zip")
+    command.add_argument("--out", required=True, help="folder to write to")
+    command.add_argument("--val_fraction", type=float, default=0.05,
+                         help="share of the pictures whose questions go into validation.json")
+    command.add_argument("--seed", type=int, default=0, help="of which pictures these are")
     args = parser.parse_args(argv)
     try:
         if args.command == "toy":
             if args.scenes < 1:
                 raise ValueError(f"--scenes {args.scenes}: must be at least 1")
             toy(Path(args.out), args.scenes, args.seed)
-        else:
+        elif args.command == "okvqa":
+            okvqa(args)
+        elif args.command == "show":
             dataset = open_dataset(args.data_path, args.image_folder, args.model_name_or_path,
                                    args.version, args.image_aspect_ratio, args.model_max_length)
             show(dataset, args.index, args.json)
+        else:
+            return int(check_files(args) > 0)
     except (ValueError, OSError) as error:
         print(f"data.py: {error}", file=sys.stderr)
         return 2

@@ -1168,6 +1168,401 @@ def test_bad_call_is_one_line_and_status_2(toy, show, tmp_path, monkeypatch, cap
     assert [path.name for path in tmp_path.iterdir()] == ["FILE"]
 
 
+# --- okvqa, check ---
+
+
+def write_vqa(folder, split, questions, **more):
+    """Raw files as OK-VQA and VQAv2 have them: questions [(id, picture, words, ten answers)]; and the pictures."""
+    (folder / "coco" / split).mkdir(parents=True, exist_ok=True)
+    asked = [{"image_id": i, "question": q, "question_id": n} for n, i, q, _ in questions]
+    given = [
+        {
+            "image_id": i,
+            "question_id": n,
+            "question_type": "four",
+            "answer_type": "other",
+            "confidence": 3,
+            "answers": [
+                {"answer_id": k + 1, "raw_answer": a.upper(), "answer": a}
+                for k, a in enumerate(answers)
+            ],
+        }
+        for n, i, _, answers in reversed(questions)
+    ]
+    head = {"info": {}, "data_type": "mscoco", "data_subtype": split, **more}
+    write(folder / f"{split}_questions.json", json.dumps({**head, "questions": asked}))
+    write(folder / f"{split}_annotations.json", json.dumps({**head, "annotations": given}))
+    for i in {i for _, i, _, _ in questions}:
+        picture = Image.new("RGB", (64, 48), (i, i, i))
+        picture.save(folder / "coco" / split / f"COCO_{split}_{i:012d}.jpg")
+    return okvqa_argv(folder, split)
+
+
+def okvqa_argv(folder, *splits):
+    files = [
+        [str(folder / f"{split}_{kind}.json") for split in splits]
+        for kind in ("questions", "annotations")
+    ]
+    return [
+        "okvqa",
+        "--questions",
+        *files[0],
+        "--annotations",
+        *files[1],
+        "--image_folder",
+        str(folder / "coco"),
+    ]
+
+
+ASKED = [  # 20 questions about 10 pictures
+    (
+        25_000 + n,
+        n % 10,
+        f"Was ist {n} 🐸 <s>?",
+        ["été", "frog", f"{n}"] + ["frog", "été"] * (n % 3) + ["x"],
+    )
+    for n in range(20)
+]
+
+
+def test_okvqa_rows_are_the_raw_files_and_no_picture_is_on_both_sides(
+    tmp_path,
+):  # traps 1, 2, 3, 33
+    argv = write_vqa(tmp_path, "train2014", ASKED)
+    assert data.main([*argv, "--out", str(tmp_path / "a" / "b"), "--val_fraction", "0.3"]) == 0
+    train, validation = (
+        json.loads((tmp_path / "a/b" / f"{n}.json").read_text()) for n in ("train", "validation")
+    )
+    files = [{r["image"] for r in rows} for rows in (train, validation)]
+    assert len(files[1]) == 3 and len(files[0]) == 7 and not files[0] & files[1]
+    rows = {r["id"]: r for r in train + validation}
+    assert len(rows) == len(train + validation) == len(ASKED)
+    assert [r["id"] for r in train] == sorted(r["id"] for r in train)  # the file's order
+    for n, i, question, answers in ASKED:
+        r = rows[str(n)]
+        assert r["image"] == f"train2014/COCO_train2014_{i:012d}.jpg" and r["answers"] == answers
+        (q, a), (picture,) = data.parse_record(r)
+        assert (
+            q["content"]
+            == f"<image>\n{question}\nAnswer the question using a single word or phrase."
+        )
+        assert (
+            a["content"] == "été" and (tmp_path / "coco" / picture).is_file()
+        )  # of ties the first
+    argv[-1] = str(tmp_path / "coco" / "train2014")  # the split's own folder, or a zip of COCO's
+    assert data.main([*argv, "--out", str(tmp_path / "own"), "--val_fraction", "0.3"]) == 0
+    shutil.make_archive(str(tmp_path / "coco"), "zip", tmp_path / "coco")
+    argv[-1] = str(tmp_path / "coco.zip")
+    assert data.main([*argv, "--out", str(tmp_path / "zip"), "--val_fraction", "0.3"]) == 0
+    for name in ("train.json", "validation.json"):
+        text = (tmp_path / "a/b" / name).read_text()
+        assert (tmp_path / "zip" / name).read_text() == text
+        assert (tmp_path / "own" / name).read_text() == text.replace("train2014/", "")
+
+
+def test_okvqa_writes_the_same_bytes_whatever_the_hash_seed(tmp_path):  # trap 2
+    argv = [*write_vqa(tmp_path, "train2014", ASKED), "--val_fraction", "0.4"]
+    for out, seed in (("a", "0"), ("b", "1")):
+        assert data.main([*argv, "--out", str(tmp_path / out), "--seed", seed]) == 0
+    again = [sys.executable, HERE / "data.py", *argv, "--out", tmp_path / "again"]
+    subprocess.run(
+        again, check=True, env={**os.environ, "PYTHONHASHSEED": "7"}, capture_output=True
+    )
+    for name in ("train.json", "validation.json"):
+        first = (tmp_path / "a" / name).read_bytes()
+        assert (
+            (tmp_path / "again" / name).read_bytes()
+            == first
+            != (tmp_path / "b" / name).read_bytes()
+        )
+
+
+def test_okvqa_takes_validation_from_files_of_its_own(tmp_path, capsys):
+    write_vqa(tmp_path, "train2014", ASKED[:12])
+    write_vqa(tmp_path, "val2014", [(n + 100, i + 50, *rest) for n, i, *rest in ASKED[12:]])
+    argv = okvqa_argv(tmp_path, "train2014", "val2014")
+    assert data.main([*argv, "--out", str(tmp_path / "out")]) == 0
+    counts = [
+        len(json.loads((tmp_path / "out" / f"{n}.json").read_text()))
+        for n in ("train", "validation")
+    ]
+    assert (
+        counts == [12, 8]
+        and "train.json: 12 questions about 10 pictures" in capsys.readouterr().out
+    )
+    twice = okvqa_argv(tmp_path, "train2014", "train2014")
+    assert data.main([*twice, "--out", str(tmp_path / "twice")]) == 2
+    assert (
+        "train2014_questions.json: train2014/COCO_train2014_000000000000.jpg is a picture of"
+        in capsys.readouterr().err
+    )
+
+
+def change_json(path, change):
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+VQA_FAULTS = {
+    "train2014_questions.json: not questions as .* \\(KeyError: 'questions'\\)": lambda d: (
+        change_json(d / "train2014_questions.json", lambda c: c.pop("questions"))
+    ),
+    "not questions as .* \\(KeyError: 'image_id'\\)": lambda d: change_json(
+        d / "train2014_questions.json", lambda c: c["questions"][3].pop("image_id")
+    ),
+    "not questions as .*AttributeError": lambda d: change_json(
+        d / "train2014_questions.json", lambda c: c["questions"][3].update(question=3)
+    ),
+    "not questions as .*JSONDecodeError": lambda d: write(d / "train2014_questions.json", "[{"),
+    "not questions as .*UnicodeDecodeError": lambda d: write(
+        d / "train2014_questions.json", b"[\xff"
+    ),
+    "not questions as .*RecursionError": lambda d: write(
+        d / "train2014_questions.json", "[" * 99_999
+    ),
+    "train2014_annotations.json: not annotations as .*TypeError": lambda d: write(
+        d / "train2014_annotations.json", "[]"
+    ),
+    "no answer to question 25003 of .*train2014_questions.json": lambda d: change_json(
+        d / "train2014_annotations.json", lambda c: c["annotations"][16].update(answers=[])
+    ),
+    "no answer to question 25019": lambda d: change_json(
+        d / "train2014_annotations.json", lambda c: c["annotations"].pop(0)
+    ),
+    "2 of 20 questions have no picture in .*coco, the first COCO_train2014_000000000004.jpg: get COCO's train2014": lambda d: (
+        (d / "coco/train2014/COCO_train2014_000000000004.jpg").unlink()
+    ),
+    "No such file.*train2014_questions.json": lambda d: (d / "train2014_questions.json").unlink(),
+    "--image_folder .*coco: no such folder or .zip": lambda d: shutil.rmtree(d / "coco"),
+    "--out .*out: exists already": lambda d: (d / "out").mkdir(),
+    "0 questions to train on and 20": "--val_fraction 1",
+    "20 questions to train on and 0": "--val_fraction 0.01",
+    "--questions and --annotations take one file each, or two": "--annotations a b c",
+}
+
+
+@pytest.mark.parametrize("says", VQA_FAULTS)
+def test_faulty_raw_files_are_one_line_and_nothing_is_written(tmp_path, capsys, says):
+    argv, fault = write_vqa(tmp_path, "train2014", ASKED), VQA_FAULTS[says]
+    more = fault.split() if isinstance(fault, str) else fault(tmp_path) and []
+    before = sorted(tmp_path.rglob("*"))
+    assert data.main([*argv, "--out", str(tmp_path / "out"), *(more or [])]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and len(err.splitlines()) == 1 and re.search(says, err), err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def faulty_rows(folder, **options):
+    """Rows, a good one and one of each fault, in a .json or .jsonl, and pictures in a folder or .zip."""
+    (folder / "p").mkdir()
+    for name, size in (("a.jpg", (640, 480)), ("cut.jpg", (640, 480)), ("b.png", (30, 20))):
+        noise(*size).save(folder / "p" / name)
+    whole = (folder / "p/cut.jpg").read_bytes()
+    write(folder / "p/cut.jpg", whole[: len(whole) // 2])
+    write(folder / "p/text.jpg", "no picture")
+    ask = [f"{IMAGE} What?", "A frog."]
+    return [
+        row(ask, id="0", image="a.jpg"),
+        row(["Hi", "Yes.", "So?", "No."], id="007"),
+        row(ask, id="gone", image="gone.jpg"),
+        row(ask, id="0", image="cut.jpg"),
+        row([f"{IMAGE}{IMAGE}", "both"], id="both", image=["text.jpg", "gone.jpg"]),
+        row(["?", "x"], id="no placeholder", image="a.jpg"),
+        row(["only a question"], id="mute"),
+        row([f"{IMAGE} What?", "long " * 300], id="long", image="b.png"),
+        row([f"{IMAGE} " + "long " * 300, "x"], id="nothing left", image="b.png"),
+        5,
+    ]
+
+
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("place", ["p", "p.zip"])
+def test_check_finds_what_training_would_stumble_over(
+    tiny, tmp_path, capsys, place, full
+):  # traps 32, 33
+    rows = write(tmp_path / "rows.json", json.dumps(faulty_rows(tmp_path)))
+    shutil.make_archive(str(tmp_path / "p"), "zip", tmp_path / "p")
+    argv = [
+        "--data_path",
+        str(rows),
+        "--image_folder",
+        str(tmp_path / place),
+        "--model_max_length",
+        "700",
+    ]
+    argv += ["--model_name_or_path", str(tiny)]
+    assert data.main(["check", *argv, *["--full"] * full]) == 1
+    out, err = capsys.readouterr()
+    faults = [line for line in out.splitlines() if line.startswith(str(rows))]
+    wanted = [
+        r"row 2 \(id gone\): picture .*gone.jpg",
+        *[r"row 3 \(id 0\): picture cut.jpg: not one that can be read"] * full,
+        r"row 4 \(id both\): picture text.jpg: not one that can be read",
+        r"row 4 \(id both\): picture .*gone.jpg",
+        r"row 5 \(id no placeholder\): 1 picture\(s\) but 0 <image>",
+        r"row 6 \(id mute\): there is no gpt turn",
+        r"row 8 \(id nothing left\): the row has .* tokens, and nothing is left .* raise it",
+        r"row 9: expected",
+    ]
+    assert len(faults) == len(wanted) and all(map(re.search, wanted, faults)), out
+    assert err == "" and "Traceback" not in out
+    dataset = data.open_dataset(rows, tmp_path / place, tiny, max_length=700, on_bad_record="skip")
+    items = [dataset[i] for i in range(10)]
+    bad = [i for i in range(10) if items[i]["fault"]]  # training's verdict is that of a full check
+    assert bad == [2, 3, 4, 5, 6, 8, 9]
+    assert not full or sorted({int(re.search(r"row (\d+)", f)[1]) for f in faults}) == bad
+    good = [items[i] for i in (0, 1, 7)]
+    assert good[2]["cut"] > 0 and re.search(r"cut +2 rows .* at 700 tokens", out)
+    report = dict(line.split(None, 1) for line in out.splitlines()[len(faults) :])
+    assert report["rows"] == "10, 3 of them text-only" and report["faults"].startswith(
+        f"{len(faults)}: mend"
+    )
+    assert (report["turns"], report["pictures"]) == ("16", "7")
+    assert report["ids"] == "1 of them repeated, the first '0'"
+
+
+def test_check_reports_the_tokens_that_training_sees(toy, tiny, capsys):
+    argv = ["--data_path", str(toy / "train.json"), "--image_folder", str(toy / "images")]
+    assert data.main(["check", *argv]) == 0
+    assert "tokens" not in capsys.readouterr().out  # no model, no tokens
+    assert data.main(["check", *argv, "--model_name_or_path", str(tiny)]) == 0
+    report = dict(line.split(None, 1) for line in capsys.readouterr().out.splitlines())
+    dataset = data.open_dataset(toy / "train.json", toy / "images", tiny)
+    batch = data.Collator(dataset.image_token_id, 576)(
+        list(map(dataset.__getitem__, range(len(dataset))))
+    )
+    lengths = batch["lengths"]
+    shares = [f"{s} % have up to {np.percentile(lengths, s):,.0f}" for s in (50, 90, 99)]
+    assert report["tokens"] == ", ".join([*shares, f"the longest row {max(lengths):,}"])
+    assert (
+        report["supervised"]
+        == f"{(batch['labels'] != IGNORE).sum() / sum(lengths):.1%} of the tokens"
+    )
+    assert report["cut"].startswith("0 rows (0.00%)") and report["faults"] == "0"
+
+
+# --- damaged files ---
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    return tmp_path_factory.mktemp("damaged")
+
+
+WHOLE_JSON = json.dumps(
+    [row(["hi", "yes"], id="007"), row(["ä", "\ud83d"], id=3), 5, [], row(["x", ""])], indent=1
+)
+damages = st.lists(
+    st.tuples(
+        st.integers(0, 2000),
+        st.integers(0, 6),
+        st.one_of(
+            st.binary(max_size=4),
+            st.sampled_from(
+                [
+                    b",",
+                    b"[",
+                    b"]",
+                    b"{",
+                    b"}",
+                    b'"',
+                    b"\n",
+                    b"\\",
+                    b"\0",
+                    b"\xef\xbb\xbf",
+                    b"NaN",
+                    b"1e999",
+                    b"\xff",
+                ]
+            ),
+        ),
+    ),
+    min_size=1,
+    max_size=4,
+)
+
+
+def damage(content, changes):
+    for at, length, new in changes:
+        at %= len(content) + 1
+        content = content[:at] + new + content[at + length :]
+    return content
+
+
+@settings(
+    max_examples=400, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
+)
+@given(damages, st.booleans())
+def test_damaged_json_gives_the_rows_that_are_in_it_or_one_clear_error(workdir, changes, by_line):
+    whole = WHOLE_JSON if not by_line else "\n".join(map(json.dumps, json.loads(WHOLE_JSON)))
+    path = write(
+        workdir / ("rows.jsonl" if by_line else "rows.json"),
+        content := damage(whole.encode(), changes),
+    )
+    try:
+        parts = [p for p in content.split(b"\n") if p.strip()] if by_line else [content]
+        wanted = [json.loads(part) for part in parts] if by_line else json.loads(content)
+    except ValueError:
+        wanted = None
+    try:
+        records = data.Records(path)
+        found = [records[i] for i in range(len(records))]
+    except ValueError as error:
+        assert (
+            "\n" not in str(error)
+            and str(path) in str(error)
+            and not (wanted and isinstance(wanted, list))
+        )
+        return
+    assert repr(found) == repr(wanted)  # NaN is not itself
+    for i, value in enumerate(found):
+        with contextlib.suppress(ValueError):  # nothing else
+            data.parse_record(value)
+        assert records.where(i).startswith(f"{path}: row {i}")
+
+
+WHOLE_PICTURES = [("JPEG", encoded(noise(70, 50), "JPEG")), ("PNG", encoded(noise(40, 30))),
+                  ("GIF", encoded(noise(20, 20, "P"), "GIF")), ("WEBP", encoded(noise(30, 20), "WEBP")),
+                  ("TIFF", encoded(noise(20, 10), "TIFF")), ("BMP", encoded(noise(10, 9), "BMP"))]  # fmt: skip
+
+
+@settings(
+    max_examples=300, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
+)
+@given(st.sampled_from(WHOLE_PICTURES), damages)
+def test_damaged_picture_is_a_picture_or_one_clear_error(whole, changes):  # trap 32
+    try:
+        picture = data.decode_picture(damage(whole[1], changes), "a.jpg")
+    except ValueError as error:
+        assert str(error).startswith("picture a.jpg: not one that can be read") and "\n" not in str(
+            error
+        )
+        return
+    assert picture.mode == "RGB" and PictureTransform(336, MEAN, STD, "pad")(picture).shape == (
+        3,
+        336,
+        336,
+    )
+
+
+@settings(
+    max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
+)
+@given(damages, st.booleans())
+def test_damaged_zip_gives_whole_files_or_one_clear_error(workdir, changes, deflated):
+    files = {"a.jpg": encoded(noise(20, 10), "JPEG"), "b/ü.png": b"x" * 300}
+    with zipfile.ZipFile(workdir / "z.zip", "w", zipfile.ZIP_DEFLATED * deflated) as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    path = write(workdir / "z.zip", damage((workdir / "z.zip").read_bytes(), changes))
+    for name, content in files.items():
+        try:
+            assert data.Pictures(path).read(name) == content
+        except (ValueError, FileNotFoundError) as error:
+            assert "\n" not in str(error)
+
+
 # --- model.py ---
 
 
