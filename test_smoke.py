@@ -1172,7 +1172,7 @@ def test_bad_call_is_one_line_and_status_2(toy, show, tmp_path, monkeypatch, cap
 
 
 def write_vqa(folder, split, questions, **more):
-    """Raw files as OK-VQA and VQAv2 have them: questions [(id, picture, words, ten answers)]; and the pictures."""
+    """Raw files as OK-VQA and VQAv2 (no raw_answer) have them, of (id, picture, words, answers); and pictures."""
     (folder / "coco" / split).mkdir(parents=True, exist_ok=True)
     asked = [{"image_id": i, "question": q, "question_id": n} for n, i, q, _ in questions]
     given = [
@@ -1183,7 +1183,7 @@ def write_vqa(folder, split, questions, **more):
             "answer_type": "other",
             "confidence": 3,
             "answers": [
-                {"answer_id": k + 1, "raw_answer": a.upper(), "answer": a}
+                {"answer_id": k + 1, "answer": a, **({"raw_answer": "?"} if n % 2 else {})}
                 for k, a in enumerate(answers)
             ],
         }
@@ -1219,7 +1219,7 @@ ASKED = [  # 20 questions about 10 pictures
         25_000 + n,
         n % 10,
         f"Was ist {n} 🐸 <s>?",
-        ["été", "frog", f"{n}"] + ["frog", "été"] * (n % 3) + ["x"],
+        ["x", "frog", f"{n}", "été", "été", "frog"] + ["été"] * (n % 2) + ["x"] * (n % 3 == 0),
     )
     for n in range(20)
 ]
@@ -1238,7 +1238,7 @@ def test_okvqa_rows_are_the_raw_files_and_no_picture_is_on_both_sides(
     rows = {r["id"]: r for r in train + validation}
     assert len(rows) == len(train + validation) == len(ASKED)
     assert [r["id"] for r in train] == sorted(r["id"] for r in train)  # the file's order
-    for n, i, question, answers in ASKED:
+    for k, (n, i, question, answers) in enumerate(ASKED):
         r = rows[str(n)]
         assert r["image"] == f"train2014/COCO_train2014_{i:012d}.jpg" and r["answers"] == answers
         (q, a), (picture,) = data.parse_record(r)
@@ -1246,9 +1246,8 @@ def test_okvqa_rows_are_the_raw_files_and_no_picture_is_on_both_sides(
             q["content"]
             == f"<image>\n{question}\nAnswer the question using a single word or phrase."
         )
-        assert (
-            a["content"] == "été" and (tmp_path / "coco" / picture).is_file()
-        )  # of ties the first
+        best = "été" if k % 2 else "x" if k % 3 == 0 else "frog"  # of ties the first
+        assert a["content"] == best and (tmp_path / "coco" / picture).is_file()
     argv[-1] = str(tmp_path / "coco" / "train2014")  # the split's own folder, or a zip of COCO's
     assert data.main([*argv, "--out", str(tmp_path / "own"), "--val_fraction", "0.3"]) == 0
     shutil.make_archive(str(tmp_path / "coco"), "zip", tmp_path / "coco")
@@ -1398,6 +1397,7 @@ def test_check_finds_what_training_would_stumble_over(
     wanted = [
         r"row 2 \(id gone\): picture .*gone.jpg",
         *[r"row 3 \(id 0\): picture cut.jpg: not one that can be read"] * full,
+        r"row 4 \(id both\): the row has 1\d+ tokens, and .* would cut off a picture: raise it",
         r"row 4 \(id both\): picture text.jpg: not one that can be read",
         r"row 4 \(id both\): picture .*gone.jpg",
         r"row 5 \(id no placeholder\): 1 picture\(s\) but 0 <image>",
@@ -1413,7 +1413,7 @@ def test_check_finds_what_training_would_stumble_over(
     assert bad == [2, 3, 4, 5, 6, 8, 9]
     assert not full or sorted({int(re.search(r"row (\d+)", f)[1]) for f in faults}) == bad
     good = [items[i] for i in (0, 1, 7)]
-    assert good[2]["cut"] > 0 and re.search(r"cut +2 rows .* at 700 tokens", out)
+    assert good[2]["cut"] > 0 and re.search(r"cut +3 rows .* at 700 tokens", out)
     report = dict(line.split(None, 1) for line in out.splitlines()[len(faults) :])
     assert report["rows"] == "10, 3 of them text-only" and report["faults"].startswith(
         f"{len(faults)}: mend"

@@ -670,7 +670,8 @@ def handle_faults(faults: list[str], everywhere: int, args):
     """Stops every rank if one has a row that could not be used, or says which are skipped."""
     if everywhere and args.on_bad_record == "stop":
         fault = faults[0] if faults else "a row of another process could not be used"
-        raise ValueError(f"{fault} (--on_bad_record skip goes on without such rows)")
+        raise ValueError(f"{fault} (`python data.py check` lists all such rows, --on_bad_record "
+                         "skip goes on without them)")
     for fault in faults:
         tqdm.write(f"skipped: {fault}", file=sys.stderr)  # from any rank
 
