@@ -468,9 +468,12 @@ def remove_folder(folder: Path):
 
 def replace_folder(part: Path, out: Path):
     """Renames `part`, written whole, to `out`, whose earlier content goes away."""
+    gone = out.with_name(out.name + ".old")
+    shutil.rmtree(gone, ignore_errors=True)
     if out.exists():
-        remove_folder(out)
-    part.rename(out)
+        out.rename(gone)
+    part.rename(out)  # at once: deleting the old one takes its time
+    shutil.rmtree(gone, ignore_errors=True)
 
 
 # --- commands ---
@@ -672,12 +675,16 @@ def give_sight(tower):
 
 def reply(model: Llava, text, messages: list[dict], pixels: list, **options) -> str:
     """The answer to a conversation [{role, content}] whose pictures are `pixels` [(3, S, S)]."""
+    from data import Collator
+
     ids = torch.tensor(text.ids_and_labels(messages, prompt=True)[0])
-    times = torch.where(ids == model.config.image_token_id, model.tokens_per_picture, 1)
+    row = {"row": 0, "cut": 0, "fault": None, "input_ids": ids, "labels": ids,
+           "pixel_values": torch.stack(pixels) if pixels else torch.zeros(0)}
+    batch = Collator(model.config.image_token_id, model.tokens_per_picture)([row])
     device = next(model.parameters()).device
-    ids = ids.repeat_interleave(times)[None].to(device)  # (1, T)
-    pictures = torch.stack(pixels).to(device) if pixels else torch.zeros(0, device=device)
-    new = model.generate(ids, pictures, torch.ones_like(ids), text.stop_ids, **options)
+    ids = batch["input_ids"].to(device)  # (1, T)
+    new = model.generate(ids, batch["pixel_values"].to(device), torch.ones_like(ids), text.stop_ids,
+                         **options)
     return text.tokenizer.decode(new[0], skip_special_tokens=True).strip()
 
 

@@ -26,20 +26,24 @@ transformers/optimization.py, ZeRO (arXiv:1910.02054).
 
 import argparse
 import contextlib
+import importlib.util
 import json
 import math
 import os
 import re
 import resource
 import secrets
+import shutil
 import signal
 import sys
+import textwrap
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from PIL import Image, ImageDraw, ImageFont
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
@@ -99,13 +103,14 @@ def save_adapter(model, text, state: dict, folder: Path, source: Path):
 
 def save_result(model, args, text, state: dict, out: Path, source: Path):
     """Writes what was trained, a model folder or an adapter, beside `out`, and renames it."""
+    part = out.with_name(out.name + ".new")
+    shutil.rmtree(part, ignore_errors=True)  # of a run that died while it saved
     if args.train_type == "use_lora":
-        part = out.with_suffix(".part")
         save_adapter(model, text, state, part, source)
-        llava.replace_folder(part, out)
     else:  # `plain` is for training only: it leaves the folder's template as it is
         llava.save_pretrained(
-            model, out, source, text.chat_template, state, args.image_aspect_ratio)
+            model, part, source, text.chat_template, state, args.image_aspect_ratio)
+    llava.replace_folder(part, out)
 
 
 def schedule(step: int, total_steps: int, warmup_steps: int, kind: str) -> float:
@@ -290,6 +295,41 @@ def deepspeed_config(args) -> dict:
 
 # --- evaluation ---
 
+# What the VQA score takes for the same: contractions without one of their apostrophes, numbers.
+CONTRACTIONS = {word[:i] + word[i + 1:]: word for word in """
+    ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't
+    haven't he'd he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am might've mightn't
+    mightn't've must've mustn't needn't not've o'clock oughtn't 'ow's'at shan't she'd've should've
+    shouldn't shouldn't've somebody'd somebody'd've somebody'll somebody's someone'd someone'd've
+    someone'll someone's something'd something'd've something'll that's there'd there'd've there're
+    there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll
+    what're what's what've when's where'd where's where've who'd who'd've who'll who's who've why'll
+    why're why's won't would've wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll
+    you're you've""".split() for i, letter in enumerate(word) if letter == "'"}
+ARTICLES = ("a", "an", "the")
+NUMBERS = {word: str(i) for i, word in enumerate(
+    "zero one two three four five six seven eight nine ten".split())} | {"none": "0"}
+
+
+def normalise(answer: str) -> str:
+    """An answer as the VQA score compares it: no case, articles, nor punctuation but ' and : and
+    decimal points (github.com/GT-Vision-Lab/VQA, vqaEval.py).
+    """
+    text = kept = " ".join(answer.split())
+    for mark in ';/[]"{}()=+\\_-><@`,?!':
+        loose = f"{mark} " in text or f" {mark}" in text or re.search(r"\d,\d", text)
+        kept = kept.replace(mark, "" if loose else " ")
+    words = [NUMBERS.get(word, word) for word in re.sub(r"\.(?!\d)", "", kept).lower().split()]
+    return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
+
+
+def vqa_accuracy(prediction: str, answers: list[str]) -> float:
+    """How far people agree: min(1, matches / 3), averaged over the sets that leave one of their
+    answers (ten in VQA) out.
+    """
+    same = [normalise(answer) == normalise(prediction) for answer in answers]
+    return sum(min(1, (sum(same) - one) / 3) for one in same) / len(same)
+
 
 class Questions(Dataset):
     """Each answer in the first `count` rows as a question: its item is what stands before it."""
@@ -321,16 +361,24 @@ class Questions(Dataset):
         return {**item, "input_ids": ids, "labels": ids, "pixel_values": pictures, "row": j}
 
     def expected(self, j: int) -> dict:
-        """{id, question, answer}, and the kind of question where the row has `kinds`."""
+        """{row, id, question, answer}; kind too where the row has `kinds`, one for each question,
+        and answers where it has `answers`, of many people to its only question.
+        """
         i, k = self.asked[j]
         row = self.rows.records[i]
         turns, _ = data.parse_record(row)
-        at = [n for n, turn in enumerate(turns) if turn["role"] == "assistant"][k]
-        kinds = row.get("kinds")  # of ours: what each question is about
-        known = isinstance(kinds, list) and k < len(kinds) and isinstance(kinds[k], str)
-        kind = {"kind": kinds[k]} if known else {}
-        return {"id": row.get("id"), "question": turns[at - 1]["content"],
-                "answer": turns[at]["content"].strip(), **kind}
+        at = [n for n, turn in enumerate(turns) if turn["role"] == "assistant"]
+        kinds, answers = strings(row, "kinds"), strings(row, "answers")
+        more = {"kind": kinds[k]} if len(kinds) == len(at) else {}
+        more |= {"answers": answers} if answers and len(at) == 1 else {}
+        return {"row": i, "id": row.get("id"), "question": turns[at[k] - 1]["content"],
+                "answer": turns[at[k]]["content"].strip(), **more}
+
+
+def strings(row: dict, key: str) -> list[str]:
+    """The list of strings under an optional key; anything else there is not what ours means."""
+    found = row.get(key)
+    return found if isinstance(found, list) and all(isinstance(x, str) for x in found) else []
 
 
 def eval_batches(dataset, engine, args, collate, device):
@@ -344,7 +392,8 @@ def eval_batches(dataset, engine, args, collate, device):
 @torch.no_grad()
 def evaluate(model, dataset, engine, collate, args, device) -> tuple[dict, list[dict]]:
     """Token-weighted loss and accuracy over all rows, and greedy answers to the questions of the
-    first `eval_samples`: ({name: figure}, [{id, question, answer, prediction, right}]).
+    first `eval_samples`: ({name: figure}, [{row, id, question, answer, prediction, right}]); the
+    same on any number of processes.
 
     An answer is asked for with the true turns before it as its context, as in training.
     """
@@ -356,23 +405,29 @@ def evaluate(model, dataset, engine, collate, args, device) -> tuple[dict, list[
         sums += loss.item(), right.item(), (batch["labels"] >= 0).sum().item()
     loss, right, tokens, faulty = engine.all_reduce(*sums.tolist(), len(faults))
     handle_faults(faults, faulty, args)
-    metrics = {"eval_loss": loss / max(tokens, 1), "eval_token_accuracy": right / max(tokens, 1)}
+    if not tokens or not math.isfinite(loss):
+        raise ValueError(f"{dataset.records.path}: " + (
+            f"the loss on its rows is {loss}" if tokens else "none of its rows can be used"))
+    metrics = {"eval_loss": loss / tokens, "eval_token_accuracy": right / tokens}
     count = len(dataset) if args.eval_samples < 0 else min(args.eval_samples, len(dataset))
     questions = Questions(dataset, count)
     answers = []
     for batch in eval_batches(questions, engine, args, collate, device):
         answers += answer(model, batch, questions, engine, args, device)
-    answers = engine.gather(answers)
+    answers = [a for _, a in sorted(engine.gather(answers), key=lambda pair: pair[0])]
     kinds = sorted({a["kind"] for a in answers if "kind" in a})
     of_kind = {f"/{kind}": [a for a in answers if a.get("kind") == kind] for kind in kinds}
     for name, some in {"": answers, **of_kind}.items():
         if some:
             metrics[f"eval_exact_match{name}"] = sum(a["right"] for a in some) / len(some)
+    scores = [a["vqa_accuracy"] for a in answers if "vqa_accuracy" in a]
+    if scores:
+        metrics["eval_vqa_accuracy"] = sum(scores) / len(scores)
     return metrics, answers
 
 
-def answer(model, batch: dict, questions: Questions, engine, args, device) -> list[dict]:
-    """Greedy answers to a batch of questions."""
+def answer(model, batch: dict, questions: Questions, engine, args, device) -> list[tuple]:
+    """Greedy answers to a batch of questions, with their numbers: [(j, {id, question, ...})]."""
     lengths, (_, width) = torch.tensor(batch["lengths"]), batch["input_ids"].shape
     shift = torch.arange(width)[None] - (width - lengths)[:, None]  # (B, T): padding to the left
     ids = batch["input_ids"].gather(1, shift.clamp(min=0)).where(shift >= 0, 0)
@@ -385,8 +440,11 @@ def answer(model, batch: dict, questions: Questions, engine, args, device) -> li
     for j, words in zip(batch["rows"], text.tokenizer.batch_decode(new, skip_special_tokens=True)):
         if j >= 0:
             words = (words.split("\n")[0] if text.version == "plain" else words).strip()
-            expected = questions.expected(j)
-            answers.append({**expected, "prediction": words, "right": words == expected["answer"]})
+            said = {**questions.expected(j), "prediction": words}
+            said["right"] = words == said["answer"]
+            if "answers" in said:
+                said["vqa_accuracy"] = vqa_accuracy(words, said.pop("answers"))
+            answers.append((j, said))
     return answers
 
 
@@ -394,7 +452,8 @@ def answer(model, batch: dict, questions: Questions, engine, args, device) -> li
 
 # Flags that may differ between a run and its continuation: they change nothing that is learnt.
 FREE_FLAGS = {"output_dir", "resume_from_checkpoint", "dataloader_num_workers", "logging_steps",
-              "save_steps", "save_total_limit", "per_device_eval_batch_size", "local_rank"}
+              "save_steps", "save_total_limit", "per_device_eval_batch_size", "local_rank",
+              "report_to"}
 
 
 def checkpoints(out: Path) -> list[Path]:
@@ -489,10 +548,18 @@ class Log:
     def __init__(self, out: Path, step: int, rank: int):
         self.out, self.rank = out, rank
         for path in (out / "metrics.jsonl", out / "predictions.jsonl") if rank == 0 else ():
-            lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-            lines = [line for line in lines if line.endswith("\n")]  # the last may be cut short
-            kept = [line for line in lines if json.loads(line)["step"] <= step]
+            # Split at "\n" alone: answers may hold other ends of lines. The last may be cut short.
+            lines = path.read_text().split("\n")[:-1] if path.exists() else []
+            kept = [line + "\n" for line in lines if json.loads(line)["step"] <= step]
             replace_file(path, "".join(kept))
+
+    def read(self, name: str) -> list[dict]:
+        return [json.loads(line) for line in (self.out / name).read_text().split("\n")[:-1]]
+
+    def replace_picture(self, name: str, picture: Image.Image):
+        part = self.out / f"{name}.part"
+        picture.save(part, "PNG")
+        part.replace(self.out / name)
 
     def write(self, name: str, *rows: dict):
         if self.rank == 0:
@@ -594,34 +661,229 @@ def peak_gib(device: str) -> float:
 
 
 class Progress:
-    """One line that moves in a terminal, whole lines in a log file."""
+    """One line that moves in a terminal, whole lines in a log file; either has 80 columns."""
 
     def __init__(self, total: int, done: int, rank: int):
         self.bar = tqdm(total=total, initial=done, dynamic_ncols=True,
                         disable=rank > 0 or not sys.stderr.isatty(),
-                        bar_format="{n_fmt}/{total_fmt} {elapsed}<{remaining}{postfix}")
+                        bar_format="{n_fmt}/{total_fmt} {remaining}{postfix}")
 
     def show(self, m: dict, log: bool):
-        text = (f"loss {m['loss']:.3f} lr {m['lr']:.1e} {m['tokens_per_s']:.0f} tok/s "
-                f"sup {m['supervised']:.0%} pad {m['padded']:.0%} wait {m['waiting']:.0%} "
-                f"mfu {m['mfu']:.0%} {m['peak_gib']:.1f}G")
+        text = (f"loss {m['loss']:.3f} lr {m['lr']:.0e} {m['tokens_per_s'] / 1000:.1f}k/s "
+                f"sup{m['supervised']:.0%} pad{m['padded']:.0%} wait{m['waiting']:.0%} "
+                f"mfu{m['mfu']:.0%} {m['peak_gib']:.1f}G")
         self.bar.set_postfix_str(text, refresh=False)
         self.bar.update()
         if log and self.bar.disable:
             print(f"{m['step']}/{self.bar.total} {text}", flush=True)
 
 
+def headline(step: int, metrics: dict) -> str:
+    figures = [f"{name.removeprefix('eval_').replace('_', ' ')} {value:.1%}"
+               for name, value in metrics.items() if name != "eval_loss" and "/" not in name]
+    return ", ".join([f"step {step}: validation loss {metrics['eval_loss']:.4f}", *figures])
+
+
 def report(step: int, metrics: dict, answers: list[dict]):
     """Prints an evaluation: its figures, and a few questions with what was said and expected."""
-    figures = {name.removeprefix("eval_"): value for name, value in metrics.items()}
-    tqdm.write(f"step {step}: " + ", ".join(
-        f"{name} {value:.4f}" for name, value in figures.items() if "/" not in name))
-    kinds = [f"{name.split('/')[1]} {value:.1%}" for name, value in figures.items() if "/" in name]
-    for line in [", ".join(kinds)] if kinds else []:
-        tqdm.write(f"  {line}")
+    kinds = [f"{name.split('/')[1]} {value:.1%}" for name, value in metrics.items() if "/" in name]
+    texts = [headline(step, metrics), *([", ".join(kinds)] if kinds else [])]
     for a in answers[:: max(1, len(answers) // 4)][:4]:
-        wrong = "" if a["right"] else f" (not {a['answer'][:24]})"
-        tqdm.write(f"  {a['question'].rpartition(chr(10))[2][:40]} > {a['prediction'][:24]}{wrong}")
+        question, expected, said = (textwrap.shorten(
+            visible(a[key].replace(data.IMAGE, "")), 80, placeholder="...")
+            for key in ("question", "answer", "prediction"))
+        texts.append(f"{question} > {said}" + ("" if a["right"] else f" (not {expected})"))
+    for k, text in enumerate(texts):
+        tqdm.write(textwrap.fill(text, 80, initial_indent="  " * (k > 0), subsequent_indent="    "))
+
+
+def visible(text: str, lacks=lambda character: False) -> str:
+    """A text with escapes for control characters and the like, and for what a font `lacks`."""
+    return "".join(c if c.isspace() or c.isprintable() and not lacks(c) else
+                   c.encode("unicode_escape").decode() for c in text)
+
+
+def publish(log, tell, step: int, metrics: dict, answers: list[dict], rows: data.LlavaDataset):
+    """Shows an evaluation to all who look: files, pictures, --report_to."""
+    log.write("metrics.jsonl", {"step": step, **metrics})
+    log.write("predictions.jsonl", *({"step": step, **a} for a in answers))
+    if log.rank == 0:
+        sheet = draw_samples(answers, rows, headline(step, metrics))
+        log.replace_picture("samples.png", sheet)
+        log.replace_picture("curves.png", draw_curves(log.read("metrics.jsonl")))
+        tell(step, metrics, answers, sheet)
+
+
+def open_reporter(kind: str, args, run_id: str, step: int):
+    """A function (step, figures, answers, sheet) that shows these in TensorBoard, in Weights &
+    Biases or nowhere, for a run that goes on from `step`.
+    """
+    out = Path(args.output_dir or "")
+    if kind == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
+        writer = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1)
+
+        def tell(step, figures, answers=(), sheet=None):
+            for name, value in figures.items():
+                writer.add_scalar(name, value, step)
+            if sheet:
+                writer.add_text("answers", "\n\n".join(
+                    f"{a['question']} > {a['prediction']} ({a['answer']})" for a in answers), step)
+                writer.add_image("samples", np.asarray(sheet), step, dataformats="HWC")
+            writer.flush()
+    elif kind == "wandb":
+        import wandb
+        run = wandb.init(project="llava", name=out.name, dir=out, id=run_id, resume="allow",
+                         config=vars(args))
+        columns = ["id", "question", "answer", "prediction", "right"]
+
+        def tell(step, figures, answers=(), sheet=None):
+            rows = [[str(a[key]) for key in columns] for a in answers]
+            shown = {"answers": wandb.Table(columns, rows), "samples": wandb.Image(sheet)}
+            run.log({**figures, **(shown if sheet else {})}, step=step)
+    else:
+        def tell(*_):
+            pass
+    return tell
+
+
+# samples.png and curves.png: right and wrong, and the lines, differ in more than colour.
+INK, GREY, MAT, GOOD, BAD, BLUE = "#1a1a1a", "#606060", "#c4c8cc", "#00795c", "#c44601", "#0b62a4"
+LINES = {  # name, colour, corners of its marks; the first two are losses
+    "loss": ("training", BLUE, 0), "eval_loss": ("validation", BAD, 24),
+    "token_accuracy": ("training tokens", BLUE, 0),
+    "eval_token_accuracy": ("validation tokens", BAD, 24),
+    "eval_exact_match": ("exact match", GOOD, 4), "eval_vqa_accuracy": ("VQA", INK, 3)}
+
+
+def fit(text: str, font, width: int, most: int) -> list[str]:
+    """At most `most` lines of `width` pixels; what the font cannot show is written as escapes."""
+    lacking, lines = bytes(font.getmask("\uffff")), [""]
+    for word in visible(text, lambda c: bytes(font.getmask(c)) == lacking).split():
+        for piece in [word] if font.getlength(word) <= width else word:  # or letter by letter
+            longer = lines[-1] + " " * (piece == word) + piece if lines[-1] else piece
+            if font.getlength(longer) <= width:
+                lines[-1] = longer
+            else:
+                lines.append(piece)
+    return lines if len(lines) <= most else [*lines[:most - 1], lines[most - 1][:-3] + "..."]
+
+
+def draw_samples(answers: list[dict], rows: data.LlavaDataset, title: str) -> Image.Image:
+    """A sheet of up to twelve questions with their pictures, what was expected and what was said.
+
+    Right (or of a VQA score above zero) is a tick in a disc, wrong a cross in a square.
+    """
+    font, line, wide, high, gap = ImageFont.load_default(26), 34, 480, 320, 48
+    shown = [answers[i * len(answers) // 12] for i in range(12)] if len(answers) > 12 else answers
+    texts = [[fit(a["question"].replace(data.IMAGE, " "), font, wide, 4),
+              fit(f"expected: {a['answer']}", font, wide, 3),
+              fit(f"predicted: {a['prediction']}", font, wide - 40, 3)] for a in shown]
+    tops = [2 * gap]
+    for k in range(0, len(shown), 3):
+        tops.append(tops[-1] + high + gap + line * max(len(sum(t, [])) for t in texts[k:k + 3]))
+    sheet = Image.new("RGB", (gap + 3 * (wide + gap), tops[-1]), "white")
+    pen = ImageDraw.Draw(sheet)
+    pen.text((gap, gap // 2), title, INK, font)
+    for k, (a, (question, expected, said)) in enumerate(zip(shown, texts)):
+        x, y = gap + k % 3 * (wide + gap), tops[k // 3]
+        draw_pictures(sheet, (x, y, wide, high), rows, a["row"], font)
+        y += high + 8
+        for lines, colour in ((question, INK), (expected, GREY)):
+            pen.multiline_text((x, y), "\n".join(lines), colour, font, spacing=8)
+            y += line * len(lines)
+        right = a.get("vqa_accuracy", a["right"]) > 0
+        shape, box = pen.ellipse if right else pen.rectangle, (x, y + 2, x + 27, y + 29)
+        shape(box, GOOD if right else BAD)
+        for stroke in ([7, 14, 12, 20, 21, 8],) if right else ([8, 8, 20, 20], [8, 20, 20, 8]):
+            pen.line([n + (x, y + 2)[i % 2] for i, n in enumerate(stroke)], "white", 4)
+        pen.multiline_text((x + 40, y), "\n".join(said), INK, font, spacing=8)
+    return sheet
+
+
+def draw_pictures(sheet, box: tuple, rows: data.LlavaDataset, i: int, font):
+    """A row's pictures side by side in a box (left, top, width, height)."""
+    left, top, width, height = box
+    pen, names = ImageDraw.Draw(sheet), data.image_list(rows.records[i])
+    pen.rectangle((left, top, left + width - 1, top + height - 1), MAT)
+    if not names:
+        pen.text((left + width / 2, top + height / 2), "no picture", INK, font, "mm")
+    place = width // max(1, len(names))
+    for k, name in enumerate(names):
+        picture = data.decode_picture(rows.pictures.read(name), name)
+        shrink = min((place - 8) / picture.width, (height - 8) / picture.height)
+        picture = picture.resize([max(1, round(n * shrink)) for n in picture.size])
+        sheet.paste(picture, (left + k * place + (place - picture.width) // 2,
+                              top + (height - picture.height) // 2))
+
+
+def draw_curves(metrics: list[dict]) -> Image.Image:
+    """Loss, on a log scale, and accuracies over steps; a dashed line where the loss is best."""
+    sheet, losses = Image.new("RGB", (1760, 620), "white"), list(LINES)[:2]
+    ladder = [k * 10.0**e for e in range(-3, 9) for k in (1, 2, 5)]
+    values = [m[key] for m in metrics for key in losses if key in m]
+    low = max(n for n in ladder if n <= max(min(values), ladder[0]))
+    high = min(n for n in ladder if n > max(low, *values))
+    ticks = {n: f"{n:g}" for n in ladder if low <= n <= high}
+    draw_panel(sheet, 100, "loss (log scale)", metrics, losses, ticks, math.log)
+    ticks = {n / 100: f"{n}%" for n in range(0, 101, 20)}
+    draw_panel(sheet, 970, "accuracy", metrics, list(LINES)[2:], ticks, float)
+    return sheet
+
+
+def draw_panel(sheet, left: int, title: str, metrics: list[dict], keys, ticks: dict, scale):
+    """Axes, legend and lines of some figures, 740 x 400 pixels; ticks {value: label}."""
+    pen, font, last = ImageDraw.Draw(sheet), ImageFont.load_default(24), metrics[-1]["step"] or 1
+    floor, roof = min(ticks), max(ticks)
+
+    def at(step, value):
+        share = (scale(max(value, floor)) - scale(floor)) / (scale(roof) - scale(floor))
+        return left + 740 * step / last, 530 - 400 * share
+
+    for value, label in ticks.items():
+        pen.line([at(0, value), at(last, value)], "#dddddd", 2)
+        pen.text((left - 12, at(0, value)[1]), label, INK, font, "rm")
+    gap = next(k * 10**e for e in range(9) for k in (1, 2, 5) if last <= 6 * k * 10**e)
+    for step in range(0, last + 1, gap):
+        pen.text((at(step, floor)[0], 542), f"{step:,}", INK, font, "ma")
+    pen.text((left + 370, 580), "step", INK, font, "ma")
+    best, x = min((m["eval_loss"], m["step"]) for m in metrics if "eval_loss" in m)[1], left
+    for y in range(130, 530, 20):
+        pen.line([at(best, floor)[0], y, at(best, floor)[0], y + 10], GREY, 2)
+    pen.text((left, 20), title, INK, font)
+    pen.text((left + 740, 20), f"best loss at step {best:,} (dashed)", GREY, font, "ra")
+    for key in keys:
+        name, colour, corners = LINES[key]
+        found = [(m["step"], m[key]) for m in metrics if key in m]
+        share = 1 if corners else len(found) // 120 + 1  # training's are many, and noisy: means
+        groups = [np.mean(found[k:k + share], axis=0) for k in range(0, len(found), share)]
+        line, sample = [at(*group) for group in groups], [(x, 78), (x + 15, 78), (x + 30, 78)]
+        for points, marked in ((line, line), (sample, sample[1:2])) if found else ():
+            pen.line(points, colour, 3)
+            for point in marked if corners else ():
+                pen.regular_polygon((*point, 8), corners, fill=colour)
+        if found:
+            pen.text((x + 40, 64), name, INK, font)
+            x += 60 + font.getlength(name)
+
+
+def summarize(args, progress: dict, total_steps: int, source: Path):
+    """Prints what was reached, where it lies, and how to go on with it."""
+    out, step, losses = args.output_dir, progress["step"], dict(progress["evaluations"])
+    early = f" of {total_steps}: {since_best(progress)} evaluations without a better loss"
+    print(f"done after step {step}{early if step < total_steps else ''}: {out}/final")
+    best = min(losses, key=losses.get, default=step)
+    if losses:
+        before, *_, last = losses.values()
+        gains = [f"{loss - losses[best]:.4f} below the {place}"
+                 for place, loss in (("first", before), ("last", last))]
+        print(f"best at step {best}: validation loss {losses[best]:.4f}, {' and '.join(gains)}:\n"
+              f"  {out}/best")
+    folder = f"{out}/{'best' if best < step else 'final'}"
+    folder = f"{source} --adapter {folder}" if args.train_type == "use_lora" else folder
+    print(f"  python model.py chat --model_name_or_path {folder} --image FILE")
+    if args.train_type == "use_lora":
+        print(f"  python lora.py merge --model_name_or_path {folder} --out {out}/merged")
 
 
 # --- the loop ---
@@ -676,6 +938,12 @@ def handle_faults(faults: list[str], everywhere: int, args):
         tqdm.write(f"skipped: {fault}", file=sys.stderr)  # from any rank
 
 
+def since_best(progress: dict) -> int:
+    """The evaluations since that with the lowest loss: 0 where the last one is the best so far."""
+    losses = [loss for _, loss in progress["evaluations"]]
+    return len(losses) - 1 - losses.index(min(losses)) if losses else 0
+
+
 def check_finite(what: str, value: float, progress: dict, window: list[dict], rows):
     """Stops the run, before anything is saved, and names the records of the window."""
     if not math.isfinite(value):
@@ -716,9 +984,8 @@ def evaluate_only(args) -> int:
     report(0, metrics, answers)
     if out:
         out.mkdir(parents=True, exist_ok=True)
-        log = Log(out, -1, 0)
-        log.write("metrics.jsonl", {"step": 0, **metrics})
-        log.write("predictions.jsonl", *({"step": 0, **a} for a in answers))
+        tell = open_reporter(args.report_to, args, secrets.token_hex(8), -1)
+        publish(Log(out, -1, 0), tell, 0, metrics, answers, rows)
     return 0
 
 
@@ -754,7 +1021,8 @@ def train(args, stop: StopRequest) -> int:
     describe(model, args, steps_per_epoch, total_steps, len(rows), engine.world)
 
     # The run begins, or goes on.
-    progress = {"run": run_id, "world": engine.world, "step": 0, "skipped": 0, "cut": 0}
+    progress = {"run": run_id, "world": engine.world, "step": 0, "skipped": 0, "cut": 0,
+                "evaluations": []}  # step and loss of each
     if checkpoint:
         progress = load_checkpoint(engine, checkpoint, run_id)
         print(f"going on from {checkpoint}")
@@ -762,7 +1030,9 @@ def train(args, stop: StopRequest) -> int:
         out.mkdir(parents=True, exist_ok=True)
         replace_file(out / "run.json", json.dumps({"id": run_id, "args": vars(args)}, indent=2))
     stop.watch(out)
-    log = Log(out, progress["step"] if checkpoint else -1, engine.rank)
+    begins_at = progress["step"] if checkpoint else -1
+    log = Log(out, begins_at, engine.rank)
+    tell = open_reporter(args.report_to if engine.rank == 0 else "none", args, run_id, begins_at)
     bar = Progress(total_steps, progress["step"], engine.rank)
     rate = matmul_rate(device, next(model.parameters()).dtype)
     first_window, stopping = FirstWindow(model), False
@@ -770,10 +1040,21 @@ def train(args, stop: StopRequest) -> int:
 
     def validate():
         metrics, answers = evaluate(model, eval_set, engine, collate, args, device)
-        log.write("metrics.jsonl", {"step": progress["step"], **metrics})
-        log.write("predictions.jsonl", *({"step": progress["step"], **a} for a in answers))
         report(progress["step"], metrics, answers)
+        publish(log, tell, progress["step"], metrics, answers, eval_set)
+        progress["evaluations"].append([progress["step"], metrics["eval_loss"]])
+        if since_best(progress) == 0:
+            save("best")
         training_mode(model)
+
+    def over():
+        patience = args.early_stopping_patience or math.inf
+        return progress["step"] == total_steps or since_best(progress) >= patience
+
+    def save(name):
+        state = engine.state()  # on every rank: it gathers
+        if engine.rank == 0:
+            save_result(model, args, text, state, out / name, source)
 
     def add_adapter(folder):
         if args.train_type == "use_lora":
@@ -783,7 +1064,7 @@ def train(args, stop: StopRequest) -> int:
 
     if eval_set and not checkpoint:
         validate()
-    while progress["step"] < total_steps and not stopping:
+    while not over() and not stopping:
         epoch, start = divmod(progress["step"], steps_per_epoch)
         batches = iter(loader(
             train_set, data.micro_batches(
@@ -827,32 +1108,27 @@ def train(args, stop: StopRequest) -> int:
                 "padded": 1 - tokens / padded_tokens, "waiting": waited / seconds,
                 "mfu": sum(count_flops(model, batch) for batch in window) / seconds / rate,
                 "peak_gib": peak_gib(device)}
-            end_of_epoch = step % steps_per_epoch == 0 or step == total_steps
+            eval_steps = args.eval_steps if args.eval_steps > 0 else steps_per_epoch
             to_log = step % args.logging_steps == 0 or step == total_steps
             bar.show(metrics, to_log)
             if to_log:
                 log.write("metrics.jsonl", metrics)
-            if eval_set and (end_of_epoch if args.eval_steps < 1 else step % args.eval_steps == 0):
+                tell(step, metrics)
+            if eval_set and (step % eval_steps == 0 or step == total_steps):
                 validate()
             if step == steps_per_epoch and progress["skipped"] + progress["cut"]:
                 tqdm.write(f"{progress['skipped']} rows were skipped, {progress['cut']} cut short")
             if stopping or args.save_steps > 0 and step % args.save_steps == 0:
                 save_checkpoint(engine, out, progress, args.save_total_limit, add_adapter)
-            if stopping:
+            if stopping or over():
                 break
     bar.bar.close()
-    if progress["step"] < total_steps:
+    if not over():
         print(f"stopped after step {progress['step']} of {total_steps}: go on with "
               "--resume_from_checkpoint latest")
         return 3
-    state = engine.state()  # on every rank: it gathers
-    if engine.rank == 0:
-        save_result(model, args, text, state, out / "final", source)
-    print(f"done: {out}/final")
-    folder = f"{source} --adapter {out}/final" if args.train_type == "use_lora" else f"{out}/final"
-    print(f"  python model.py chat --model_name_or_path {folder} --image FILE")
-    if args.train_type == "use_lora":
-        print(f"  python lora.py merge --model_name_or_path {folder} --out {out}/merged")
+    save("final")
+    summarize(args, progress, total_steps, source)
     return 0
 
 
@@ -936,11 +1212,15 @@ def parse(argv) -> argparse.Namespace:
     add("--per_device_eval_batch_size", type=count, default=16, help="rows of a batch")
     add("--eval_steps", type=int, default=-1, help="steps between evaluations; -1: every epoch")
     add("--eval_samples", type=int, default=32, help="rows whose questions are asked; -1: all")
+    add("--early_stopping_patience", type=count,
+        help="evaluations without a better loss before it stops; default: it never does")
     add("--max_new_tokens", type=count, default=64, help="tokens of an answer")
     add("--save_steps", type=int, default=500, help="steps between checkpoints; -1: none")
     add("--save_total_limit", type=int, default=2, help="checkpoints kept; -1: all")
     add("--resume_from_checkpoint", nargs="?", const="latest", help="a checkpoint, or latest")
     add("--logging_steps", type=count, default=1, help="steps between lines of metrics.jsonl")
+    add("--report_to", choices=["none", "tensorboard", "wandb"], default="none",
+        help="figures, answers and the sheet also go there; WANDB_MODE=offline needs no account")
     # many processes
     add("--deepspeed", help="ds_zero2.json or ds_zero3.json")
     add("--local_rank", type=int, default=-1, help="set by the deepspeed launcher")
@@ -957,6 +1237,12 @@ def parse(argv) -> argparse.Namespace:
     if (args.bits == 4 or args.adapter) and args.train_type not in (None, "use_lora"):
         parser.error(f"--train_type {args.train_type} trains the base: --bits 4 and --adapter are "
                      "for use_lora")
+    if args.report_to != "none" and not importlib.util.find_spec(args.report_to):
+        parser.error(f"--report_to {args.report_to}: not installed, `pip install {args.report_to}`")
+    if args.report_to != "none" and not args.output_dir:
+        parser.error("--report_to needs --output_dir")
+    if args.early_stopping_patience and not args.validation_data_path:
+        parser.error("--early_stopping_patience needs --validation_data_path")
     if args.eval_only and args.deepspeed:
         parser.error("--eval_only is for one process: leave --deepspeed out")
     _, published, micro, version = TRAIN_TYPES[args.train_type or "freeze_vision"]
