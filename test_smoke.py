@@ -22,6 +22,7 @@ import socket
 import struct
 import subprocess
 import sys
+import termios
 import time
 import types
 import zipfile
@@ -3477,6 +3478,31 @@ def test_a_log_takes_back_the_lines_behind_a_checkpoint(tmp_path):
     with open(tmp_path / "predictions.jsonl", "a") as file:
         file.write('{"step": 1, "pred')
     assert train.Log(tmp_path, 2, 0).read("predictions.jsonl") == rows[:3]
+
+
+def test_progress_is_one_line_of_80_columns_in_a_terminal_and_whole_lines_in_a_file(
+    monkeypatch, capsys
+):
+    shares = dict.fromkeys(["supervised", "padded", "waiting", "mfu"], 0.12)
+    m = dict(step=12346, loss=0.1234, lr=2e-5, tokens_per_s=12345, peak_gib=139.94, **shares)
+    monitor, terminal = os.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    with open(terminal, "w") as stderr, monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", stderr)
+        bar = train.Progress(50_000, 12_345, 0)
+        bar.bar.start_t -= 100_000  # a long run
+        bar.show(m, True)
+        bar.bar.refresh()
+        shown = os.read(monitor, 10_000).decode().split("\r")[-1]
+    os.close(monitor)
+    text = "loss 0.123 lr 2e-05 12.3k/s sup12% pad12% wait12% mfu12% 139.9G"
+    assert shown.startswith("12346/50000 ") and len(shown) <= 80 and text[:-2] in shown
+    assert capsys.readouterr().out == ""
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", io.StringIO())
+        train.Progress(50_000, 12_345, 0).show(m, True)
+        assert sys.stderr.getvalue() == ""
+    assert capsys.readouterr().out == f"12346/50000 {text}\n"
 
 
 @pytest.mark.parametrize("kind", ["tensorboard", "wandb"])

@@ -666,13 +666,13 @@ class Progress:
     def __init__(self, total: int, done: int, rank: int):
         self.bar = tqdm(total=total, initial=done, dynamic_ncols=True,
                         disable=rank > 0 or not sys.stderr.isatty(),
-                        bar_format="{n_fmt}/{total_fmt} {remaining}{postfix}")
+                        bar_format="{n_fmt}/{total_fmt} {remaining} {desc}")
 
     def show(self, m: dict, log: bool):
         text = (f"loss {m['loss']:.3f} lr {m['lr']:.0e} {m['tokens_per_s'] / 1000:.1f}k/s "
                 f"sup{m['supervised']:.0%} pad{m['padded']:.0%} wait{m['waiting']:.0%} "
                 f"mfu{m['mfu']:.0%} {m['peak_gib']:.1f}G")
-        self.bar.set_postfix_str(text, refresh=False)
+        self.bar.set_description_str(text, refresh=False)
         self.bar.update()
         if log and self.bar.disable:
             print(f"{m['step']}/{self.bar.total} {text}", flush=True)
