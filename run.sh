@@ -71,7 +71,7 @@ choose_launch() {
     scontrol show hostnames "$SLURM_JOB_NODELIST" | sed "s/$/ slots=$((gpus > 0 ? gpus : 1))/" > "$hosts"
     # srun starts a launcher on each node, and forgets the job's --cpus-per-task where it is not told again.
     launch=(srun --ntasks="$nodes" --ntasks-per-node=1 ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"}
-            --kill-on-bad-exit=1 bash -c 'exec deepspeed --node_rank "$SLURM_NODEID" "$@"' deepspeed
+            --export=ALL --kill-on-bad-exit=1 bash -c 'exec deepspeed --node_rank "$SLURM_NODEID" "$@"' deepspeed
             --no_ssh --master_addr "$(sed 's/ .*//; q' "$hosts")")
   elif [ -n "${NUM_GPUS:-}" ] || [ "$gpus$hosts" = 0 ]; then
     launch+=(--num_gpus "$((gpus > 0 ? gpus : 1))")  # with it the launcher passes over CUDA_VISIBLE_DEVICES
