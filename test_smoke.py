@@ -8,6 +8,7 @@ mistakes of earlier LLaVA trainers that a test guards against.
 
 import contextlib
 import difflib
+import fcntl
 import functools
 import gc
 import importlib.util
