@@ -4329,6 +4329,19 @@ def test_slurm_starts_one_launcher_on_each_node_and_all_meet_at_the_first(shell,
         assert all(dict(pool) == {"node1": 4, "node2": 4, "node3": 4} for pool in hosts)
 
 
+def test_deepspeed_finds_ninja_on_a_machine_that_ssh_reaches_without_our_path(monkeypatch):
+    import deepspeed
+
+    joined = []
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    monkeypatch.setattr(deepspeed, "init_distributed", lambda: joined.append(shutil.which("ninja")))
+    flags = ["--model_name_or_path", "x", "--data_path", "x", "--output_dir", "x"]
+    flags += ["--train_type", "full", "--deepspeed", str(HERE / "ds_zero2.json")]
+    train.start_processes(train.parse(flags))
+    assert Path(joined[0]).parent == Path(sys.executable).parent
+
+
 def test_the_header_for_slurm_is_a_comment_to_bash():
     lines = (HERE / "run.sh").read_text().splitlines()
     header = [i for i, line in enumerate(lines) if line.startswith("#SBATCH ")]

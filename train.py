@@ -1259,6 +1259,8 @@ def parse(argv) -> argparse.Namespace:
 
 def start_processes(args):
     """Joins the launcher's other processes; without a launcher, this is one of one."""
+    if args.deepspeed:  # it compiles with ninja, which lies beside python; ssh hands no PATH on
+        os.environ["PATH"] += f":{Path(sys.executable).parent}"
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
              "MASTER_PORT": "29500"}
     os.environ.update({name: os.environ.get(name, value) for name, value in alone.items()})
