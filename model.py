@@ -29,6 +29,7 @@ import re
 import shutil
 import sys
 import tempfile
+import types
 from pathlib import Path
 
 import torch
@@ -39,6 +40,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint
 from transformers import (AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer,
                           GenerationConfig, LlavaConfig, PreTrainedConfig, TextStreamer)
 from transformers.utils import logging as transformers_logging
@@ -46,6 +48,7 @@ from transformers.utils import logging as transformers_logging
 IMAGE = "<image>"
 DECODER = r"language_model\.(?!lm_head).+"  # paths of the layers that LoRA adapts and 4 bits pack
 TOWERS = {"clip_vision_model": 1, "siglip_vision_model": 0}  # how many tokens CLS is
+HEAD_ROWS = 1024  # positions whose logits are in memory at a time
 EMBEDDINGS, HEAD = "language_model.model.embed_tokens.weight", "language_model.lm_head.weight"
 
 
@@ -97,6 +100,32 @@ def merge(embeds, features, is_image):
     return embeds.masked_scatter(is_image[..., None], features.to(embeds.dtype))  # (B, T, D)
 
 
+class SwiGLU(torch.autograd.Function):
+    """silu(gate) * up, keeping only gate and up for the backward pass.
+
+    Autograd by itself keeps silu(gate) too, as wide as the MLP for each layer and token.
+    """
+
+    @staticmethod
+    def forward(ctx, gate, up):
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
+
+
+GATED = {"gate_proj", "up_proj", "down_proj", "act_fn"}
+
+
+def gated_mlp(self, x):
+    """What transformers' MLPs of Llama's kind compute, by SwiGLU."""
+    return self.down_proj(SwiGLU.apply(self.gate_proj(x), self.up_proj(x)))
+
+
 class Llava(nn.Module):
     """The three parts under the names that they have on disk.
 
@@ -113,6 +142,10 @@ class Llava(nn.Module):
             getattr(config, "mm_projector_type", "mlp2x_gelu"), config.vision_config.hidden_size,
             config.text_config.hidden_size)
         self.language_model = AutoModelForCausalLM.from_config(config.text_config)
+        for module in self.language_model.modules():
+            parts = {name: type(part).__name__ for name, part in module.named_children()}
+            if parts.keys() == GATED and parts["act_fn"] in ("SiLU", "SiLUActivation"):
+                module.forward = types.MethodType(gated_mlp, module)
         # Greedy is greedy: nothing that a folder suggests (sampling, penalties) applies unasked.
         self.language_model.generation_config = GenerationConfig()
         self.aside, self.disk_dtypes = {}, {}
@@ -149,9 +182,16 @@ class Llava(nn.Module):
         hidden = self.language_model.base_model(
             inputs_embeds=self.embed(input_ids, pixel_values), use_cache=False).last_hidden_state
         supervised = labels[:, 1:] >= 0  # position t predicts label t + 1
-        head = self.language_model.get_output_embeddings()
-        logits = head(hidden[:, :-1][supervised]).float()  # (S, V)
-        targets = labels[:, 1:][supervised]  # (S,)
+        hidden, targets = hidden[:, :-1][supervised], labels[:, 1:][supervised]  # (S, D), (S,)
+        parts = list(zip(hidden.split(HEAD_ROWS), targets.split(HEAD_ROWS)))
+        # Of many positions, the logits of one part at a time are in memory: made anew for backward.
+        results = [checkpoint(self.head_loss, *part, use_reentrant=False) if len(parts) > 1
+                   else self.head_loss(*part) for part in parts]
+        return tuple(map(sum, zip(*results)))
+
+    def head_loss(self, hidden, targets):
+        """The summed loss and the number predicted right: hidden (S, D), targets (S,)."""
+        logits = self.language_model.get_output_embeddings()(hidden).float()  # (S, V)
         right = (logits.detach().argmax(-1) == targets).sum()
         return F.cross_entropy(logits, targets, reduction="sum"), right
 

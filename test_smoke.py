@@ -23,6 +23,7 @@ import socket
 import struct
 import subprocess
 import sys
+import tempfile
 import termios
 import time
 import types
@@ -79,6 +80,7 @@ from transformers import (
     get_linear_schedule_with_warmup,
 )
 
+import bench
 import data
 import lora
 import model as llava
@@ -3895,10 +3897,10 @@ def test_flops_are_those_of_the_closed_form(world):
     for p in model.parameters():
         p.requires_grad_(False)
     forward = tower + projector + decoder + head + sum(attention)
-    assert train.count_flops(model, batch) == forward
+    assert train.count_flops(model, train.count_weights(model), batch) == forward
     model.multi_modal_projector.requires_grad_(True)
     assert (
-        train.count_flops(model, batch)
+        train.count_flops(model, train.count_weights(model), batch)
         == forward + 2 * projector + decoder + head + 2 * attention[1]
     )
 
@@ -3994,6 +3996,81 @@ def test_a_damaged_run_is_named_and_a_half_written_checkpoint_passed_over(world,
         (tmp_path / "a" / file).write_text("[]")
         status, _, error = run(world, tmp_path / "a", **flags, resume_from_checkpoint="latest")
         assert status == 2 and file in error and error.count("\n") == 1
+
+
+def test_a_dry_run_measures_the_heaviest_step_and_writes_nothing(world, tmp_path):
+    out = tmp_path / "run"
+    status, printed, _ = run(world, out, dry_run=True, max_steps=100, validation_data_path=world / "rows.json")
+    assert status == 0 and not out.exists()
+    line = printed.splitlines()[-1]
+    assert re.fullmatch(
+        r"dry run: peak [\d.]+ GiB, of it [\d.]+ before .*; 100 steps take \d+:\d\d:\d\d, .*", line
+    )
+    lengths = np.array([10, 20, 30, 40])
+    trial = train.Trial(np.array([[2, 3], [0, 1]]), lengths, 50, "cpu")
+    assert trial.plan.tolist() == [[2, 3], [2, 3], [0, 1]]
+    trial.seconds = [99, 7, 3]  # 0.1 seconds a token, and 50 tokens a step on average
+    assert "50 steps take 0:04:10" in trial.report(nn.Linear(1, 1))
+
+
+@pytest.mark.long
+def test_a_dry_run_is_right_within_15_percent(tmp_path):
+    """Peak and total time against those of the run itself, each in its own process."""
+    llava.build_tiny(tmp_path / "model", data.toy_words(200))
+    data.toy(tmp_path / "toy", 240, 0)
+    argv = [sys.executable, HERE / "train.py", "--model_name_or_path", tmp_path / "model", "--train_type", "full"]
+    argv += ["--data_path", tmp_path / "toy/train.json", "--image_folder", tmp_path / "toy/images"]
+    argv += ["--output_dir", tmp_path / "run", "--per_device_train_batch_size", "8"]
+    said = subprocess.run([*argv, "--dry_run"], capture_output=True, text=True, check=True).stdout
+    peak, takes = re.search(r"peak ([\d.]+) GiB.* take ([\d:]+),", said).groups()
+    seconds = sum(int(part) * 60**i for i, part in enumerate(reversed(takes.split(":"))))
+    subprocess.run(argv, check=True, capture_output=True)
+    lines = metrics_of(tmp_path / "run")
+    assert float(peak) == pytest.approx(lines[-1]["peak_gib"], rel=0.15)
+    assert seconds == pytest.approx(sum(8 / line["samples_per_s"] for line in lines), rel=0.15)
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_out_of_memory_is_one_line_with_the_next_flag_to_try(world, tmp_path, monkeypatch, gpu):
+    def forward(*_):
+        if gpu:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        torch.empty(2**60)
+
+    monkeypatch.setattr(llava.Llava, "forward", forward)
+    for n, (flags, says) in enumerate(
+        [
+            (
+                {},
+                "--per_device_train_batch_size 2 --gradient_accumulation_steps 2",
+            ),
+            (
+                {"per_device_train_batch_size": 3},
+                "--per_device_train_batch_size 1 --gradient_accumulation_steps 3",
+            ),
+            (
+                {"per_device_train_batch_size": 1, "gradient_checkpointing": False},
+                "try --gradient_checkpointing",
+            ),
+            ({"per_device_train_batch_size": 1, "train_type": "use_lora"}, "try --bits 4"),
+            ({"per_device_train_batch_size": 1}, "ds_zero3.json"),
+            (
+                {
+                    "data_path": None,
+                    "train_type": None,
+                    "output_dir": None,
+                    "validation_data_path": world / "rows.json",
+                    "eval_only": True,
+                },
+                "--per_device_eval_batch_size 8",
+            ),
+        ]
+    ):
+        status, _, error = run(world, tmp_path / str(n), **flags)
+        assert status == 2 and error.count("\n") == 1 and says in error
+    monkeypatch.setattr(llava.Llava, "forward", lambda *_: 1 / torch.zeros(2)[5])
+    with pytest.raises(IndexError):
+        run(world, tmp_path / "other")
 
 
 # --- taken alone, and changed ---
@@ -4585,3 +4662,66 @@ def test_every_command_of_the_readme_runs(world, tmp_path, monkeypatch, capsys):
         "data.py",
         "lora.py",
     }
+
+
+# --- bench.py ---
+
+
+@pytest.fixture(scope="session")
+def bench_work(tmp_path_factory):
+    """The tiny model, rows and an adapter without dropout, which draws differently on each side."""
+    work = tmp_path_factory.mktemp("bench")
+    model = bench.make_model("tiny", torch.float32, work)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(bench.LORA, "dropout", 0.0)
+        bench.make_adapter(model, work / "adapter")
+    for mix in ("caption", "instruction"):
+        bench.make_rows(mix, 6, work)
+    return work
+
+
+def in_this_process(job):
+    with contextlib.redirect_stdout(io.StringIO()):
+        return bench.run_job({**job, "out": tempfile.mkdtemp() + "/run"})
+
+
+@pytest.mark.parametrize("case", bench.CASES)
+def test_both_sides_of_the_bench_take_the_same_steps(bench_work, case):
+    """The loss after equal steps is Trainer's and PEFT's, so their speed is compared at equal work."""
+    job = {
+        "case": case,
+        "mix": "instruction",
+        "micro_batch": 2,
+        "steps": 3,
+        "dtype": "fp32",
+        "workers": 0,
+        "work": str(bench_work),
+        "model": str(bench_work / "tiny"),
+    }
+    ours, peer = (in_this_process({**job, "side": side}) for side in ("ours", "peer"))
+    assert len(ours["losses"]) >= 3
+    if case == "generate":
+        assert ours["losses"] == peer["losses"]
+    else:
+        np.testing.assert_allclose(ours["losses"], peer["losses"], rtol=2e-3 if case == "qlora" else 1e-4)
+    assert len(ours["seconds"]) == len(peer["seconds"]) and ours["peak_gib"] > 0
+
+
+def test_the_bench_prints_a_table_and_adds_to_its_results(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "run", in_this_process)
+    argv = ["--shape", "tiny", "--cases", "projector", "--mix", "620", "--steps", "2", "--micro_batch", "1"]
+    argv += ["--rounds", "1", "--product", "64", "--workers", "0", "--json", str(tmp_path / "b.json")]
+    for peers in (["peer", "checkpointing"], []):
+        capsys.readouterr()
+        assert bench.main([*argv, "--work", str(tmp_path), "--peers", *peers]) == 0
+    found = json.loads((tmp_path / "b.json").read_text())
+    lines = {line["side"]: line for line in found["table"]}
+    assert [line["runs"] for line in lines.values()] == [2, 1, 1]
+    ours, peer = lines["ours"], lines["peer"]
+    assert peer["speed_ratio"] == pytest.approx(ours["samples_per_s"] / peer["samples_per_s"])
+    assert ours["last"] == pytest.approx(peer["last"], rel=1e-4)
+    assert 560 < ours["tokens_per_s"] / ours["samples_per_s"] < 680
+    assert "checkpointing" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        bench.main(["--mix", "long"])
+    assert "--mix long" in capsys.readouterr().err

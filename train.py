@@ -26,6 +26,7 @@ transformers/optimization.py, ZeRO (arXiv:1910.02054).
 
 import argparse
 import contextlib
+import datetime
 import importlib.util
 import json
 import math
@@ -615,8 +616,19 @@ def describe(model, args, steps_per_epoch: int, total_steps: int, rows: int, wor
           flush=True)
 
 
-def count_flops(model, batch: dict) -> int:
-    """Floating-point operations of a training step on a batch.
+def count_weights(model) -> list[tuple]:
+    """(weights that multiply, those of them that train) of tower, projector, decoder and head."""
+    counts = []
+    for part in (model.vision_tower, model.multi_modal_projector, model.language_model.base_model,
+                 model.language_model.get_output_embeddings()):
+        weights = [w for m in part.modules() for w in m.parameters(recurse=False)
+                   if lora.true_shape(w)[1:] and not isinstance(m, torch.nn.Embedding)]
+        counts.append((lora.count(weights), lora.count(w for w in weights if w.requires_grad)))
+    return counts
+
+
+def count_flops(model, weights: list[tuple], batch: dict) -> int:
+    """Floating-point operations of a training step on a batch; `weights`: of `count_weights`.
 
     For each weight and token two in the forward pass, two where a gradient passes on, two where the
     weight trains; attention's products likewise. What is recomputed, or never run, does not count.
@@ -624,19 +636,15 @@ def count_flops(model, batch: dict) -> int:
     (rows, width), pictures = batch["input_ids"].shape, len(batch["pixel_values"])
     tower, decoder = model.vision_tower.vision_model.config, model.config.text_config
     patches, supervised = model.tokens_per_picture + 1, (batch["labels"] >= 0).sum().item()
-    parts = [  # module, tokens, operations of attention's two products (half of them if causal)
-        (model.vision_tower, pictures * patches,
+    parts = [  # tokens, operations of attention's two products (half of them if causal)
+        (pictures * patches,
          4 * pictures * patches**2 * tower.hidden_size * tower.num_hidden_layers),
-        (model.multi_modal_projector, pictures * model.tokens_per_picture, 0),
-        (model.language_model.base_model, rows * width,
-         2 * rows * width**2 * decoder.hidden_size * decoder.num_hidden_layers),
-        (model.language_model.get_output_embeddings(), supervised, 0)]
+        (pictures * model.tokens_per_picture, 0),
+        (rows * width, 2 * rows * width**2 * decoder.hidden_size * decoder.num_hidden_layers),
+        (supervised, 0)]
     total, gradient = 0, False
-    for part, tokens, attention in parts:
-        weights = [w for m in part.modules() for w in m.parameters(recurse=False)
-                   if lora.true_shape(w)[1:] and not isinstance(m, torch.nn.Embedding)]
-        training = lora.count(w for w in weights if w.requires_grad)
-        passing = 2 * tokens * lora.count(weights)
+    for (count, training), (tokens, attention) in zip(weights, parts):
+        passing = 2 * tokens * count
         gradient = gradient or training > 0
         total += passing + attention + gradient * (passing + 2 * attention) + 2 * tokens * training
     return total
@@ -909,6 +917,28 @@ class FirstWindow:
             hook.remove()
 
 
+class Trial:
+    """--dry_run: the heaviest step twice, since only then the optimizer has its state, and a few
+    more as they come; nothing is written.
+    """
+
+    def __init__(self, plan, lengths, total_steps: int, device: str):
+        size = np.where(plan < 0, 0, lengths[plan]).sum(axis=1)  # tokens of each step, about
+        tried = [0, *range(min(5, len(plan)))]
+        self.plan, self.size, self.total_steps = plan[tried], size[tried], total_steps
+        self.total, self.seconds = size.mean() * total_steps, []
+        self.device, self.before = device, peak_gib(device)
+
+    def report(self, model) -> str:
+        seconds = sum(self.seconds[1:]) / self.size[1:].sum() * self.total  # the first one warms up
+        training = 12 * lora.count(p for p in model.parameters() if p.requires_grad) / 2**30
+        peak = peak_gib(self.device)
+        return (f"dry run: peak {peak:.2f} GiB, of it {self.before:.2f} before the first step, "
+                f"{training:.2f} gradients and moments, {peak - self.before - training:.2f} "
+                f"activations and logits; {self.total_steps:,} steps take "
+                f"{datetime.timedelta(seconds=math.ceil(seconds))}, evaluations not counted")
+
+
 def to_device(batch: dict, device) -> tuple:
     return tuple(batch[key].to(device, non_blocking=True)
                  for key in ("input_ids", "pixel_values", "labels"))
@@ -1019,6 +1049,10 @@ def train(args, stop: StopRequest) -> int:
     total_steps = args.max_steps if args.max_steps > 0 else total_steps
     warmup_steps = math.ceil(args.warmup_ratio * total_steps)
     describe(model, args, steps_per_epoch, total_steps, len(rows), engine.world)
+    trial = Trial(steps_of(0), rows.lengths, total_steps, device) if args.dry_run else None
+    if trial:
+        steps_of, eval_set, args.save_steps = lambda epoch: trial.plan, None, -1
+        total_steps = steps_per_epoch = len(trial.plan)
 
     # The run begins, or goes on.
     progress = {"run": run_id, "world": engine.world, "step": 0, "skipped": 0, "cut": 0,
@@ -1026,15 +1060,16 @@ def train(args, stop: StopRequest) -> int:
     if checkpoint:
         progress = load_checkpoint(engine, checkpoint, run_id)
         print(f"going on from {checkpoint}")
-    if engine.rank == 0 and not (out / "run.json").exists():
+    if engine.rank == 0 and not (out / "run.json").exists() and not trial:
         out.mkdir(parents=True, exist_ok=True)
         replace_file(out / "run.json", json.dumps({"id": run_id, "args": vars(args)}, indent=2))
     stop.watch(out)
     begins_at = progress["step"] if checkpoint else -1
-    log = Log(out, begins_at, engine.rank)
-    tell = open_reporter(args.report_to if engine.rank == 0 else "none", args, run_id, begins_at)
+    log = Log(out, begins_at, 1 if trial else engine.rank)
+    quiet = trial or engine.rank > 0
+    tell = open_reporter("none" if quiet else args.report_to, args, run_id, begins_at)
     bar = Progress(total_steps, progress["step"], engine.rank)
-    rate = matmul_rate(device, next(model.parameters()).dtype)
+    rate, weights = matmul_rate(device, next(model.parameters()).dtype), count_weights(model)
     first_window, stopping = FirstWindow(model), False
     training_mode(model)
 
@@ -1106,7 +1141,7 @@ def train(args, stop: StopRequest) -> int:
                 "grad_norm": grad_norm, "tokens_per_s": tokens / seconds,
                 "samples_per_s": count / seconds, "supervised": supervised / tokens,
                 "padded": 1 - tokens / padded_tokens, "waiting": waited / seconds,
-                "mfu": sum(count_flops(model, batch) for batch in window) / seconds / rate,
+                "mfu": sum(count_flops(model, weights, batch) for batch in window) / seconds / rate,
                 "peak_gib": peak_gib(device)}
             eval_steps = args.eval_steps if args.eval_steps > 0 else steps_per_epoch
             to_log = step % args.logging_steps == 0 or step == total_steps
@@ -1114,6 +1149,8 @@ def train(args, stop: StopRequest) -> int:
             if to_log:
                 log.write("metrics.jsonl", metrics)
                 tell(step, metrics)
+            if trial:
+                trial.seconds.append(seconds)
             if eval_set and (step % eval_steps == 0 or step == total_steps):
                 validate()
             if step == steps_per_epoch and progress["skipped"] + progress["cut"]:
@@ -1123,6 +1160,9 @@ def train(args, stop: StopRequest) -> int:
             if stopping or over():
                 break
     bar.bar.close()
+    if trial:
+        print(trial.report(model))
+        return 0
     if not over():
         print(f"stopped after step {progress['step']} of {total_steps}: go on with "
               "--resume_from_checkpoint latest")
@@ -1209,6 +1249,7 @@ def parse(argv) -> argparse.Namespace:
         default=min(4, len(os.sched_getaffinity(0))))
     # evaluation, saving, logging
     add("--eval_only", **flag, default=False, help="evaluate, and train nothing")
+    add("--dry_run", **flag, default=False, help="measure memory and time, and write nothing")
     add("--per_device_eval_batch_size", type=count, default=16, help="rows of a batch")
     add("--eval_steps", type=int, default=-1, help="steps between evaluations; -1: every epoch")
     add("--eval_samples", type=int, default=32, help="rows whose questions are asked; -1: all")
@@ -1257,6 +1298,24 @@ def parse(argv) -> argparse.Namespace:
     return args
 
 
+def less_memory(args) -> str:
+    """The next flag to try where a run does not fit: those that cost nothing, or least, first."""
+    rows, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
+    if args.eval_only:
+        return f"try --per_device_eval_batch_size {max(1, args.per_device_eval_batch_size // 2)}"
+    if rows > 1:
+        fewer = rows // 2 if rows % 2 == 0 else 1
+        return (f"try --per_device_train_batch_size {fewer} --gradient_accumulation_steps "
+                f"{accumulation * rows // fewer}: the same steps in smaller pieces")
+    if not args.gradient_checkpointing:
+        return "try --gradient_checkpointing: less memory, a third more time"
+    if args.train_type == "use_lora" and args.bits == 16:
+        return "try --bits 4: the frozen layers in a quarter of the memory"
+    if not args.deepspeed:
+        return "try `deepspeed train.py --deepspeed ds_zero3.json`: weights shared among processes"
+    return "try --train_type use_lora --bits 4, a smaller model, or more processes"
+
+
 def start_processes(args):
     """Joins the launcher's other processes; without a launcher, this is one of one."""
     if args.deepspeed:  # it compiles with ninja, which lies beside python; ssh hands no PATH on
@@ -1287,6 +1346,11 @@ def main(argv=None) -> int:
                 return evaluate_only(args) if args.eval_only else train(args, stop)
     except (ValueError, OSError) as error:
         print(f"train.py: {error}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        if not re.search("out of memory|can't allocate memory", str(error)):
+            raise
+        print(f"train.py: out of memory: {less_memory(args)}", file=sys.stderr)
         return 2
     finally:
         if dist.is_initialized():
