@@ -1817,6 +1817,21 @@ def test_padding_and_the_split_into_micro_batches_change_no_gradient(good):
         torch.testing.assert_close(one_by_one[name], gradient, atol=1e-10, rtol=0)
 
 
+def test_the_head_in_parts_gives_the_same_loss_and_gradients(good, monkeypatch):
+    model = llava.from_pretrained(good[0], torch.float64).train()
+    batch = mixed_batch(model.config.image_token_id)[:3]
+    results = []
+    for rows in (1024, 3, 1):
+        monkeypatch.setattr(llava, "HEAD_ROWS", rows)
+        model.zero_grad()
+        loss, right = model(*batch)
+        loss.backward()
+        results.append([loss.detach(), right, *(p.grad.clone() for p in model.parameters())])
+    for some in zip(*results):
+        for one in some:
+            torch.testing.assert_close(one, some[0], rtol=1e-5, atol=1e-6)  # logits are fp32
+
+
 @pytest.mark.parametrize("kind, count", [("linear", 1), ("mlp2x_gelu", 2), ("mlp3x_gelu", 3)])
 def test_projectors_round_trip_and_only_mlp2x_gelu_is_named_as_transformers_does(
     tmp_path, kind, count
@@ -2304,6 +2319,31 @@ def test_dropout_acts_in_training_only():
     x = torch.randn(2, 64)
     assert not torch.equal(model.train()(x), model(x))
     assert torch.equal(model.eval()(x), model(x))
+
+
+def test_layers_that_read_one_tensor_share_its_dropout_which_each_pass_draws_anew():
+    x, p = torch.ones(500, 1001, dtype=torch.float64), 0.05
+    layers = nn.ModuleList(nn.Linear(1001, 3, dtype=torch.float64) for _ in range(3))
+    lora.inject(layers, r"\d", r=2, alpha=2, dropout=p)
+    first, second = ([layer.lora.drop(x) for layer in layers] for _ in range(2))
+    assert first[0] is first[1] is first[2] is not second[0] is second[1]
+    assert set(first[0].unique().tolist()) == {0, 1}
+    for dropped in (first[0], second[0]):  # 500,500 draws: 1e-3 is more than three deviations
+        assert abs(1 - dropped.mean().item() - p) < 1e-3
+    both = (first[0] + second[0] == 0).double().mean().item()
+    assert abs(both - p**2) < 4e-4  # independent
+    # In expectation the output is that without dropout, and so are the gradients.
+    layer = layers[0]
+    nn.init.normal_(layer.lora.lora_B)
+    noisy = torch.stack([layer.train()(x.clone()).mean(0) for _ in range(20)]).mean(0)
+    torch.testing.assert_close(noisy, layer.eval()(x).mean(0), rtol=0, atol=2e-2)
+    x = torch.randn(5, 1001, dtype=torch.float64, requires_grad=True)
+
+    def output(x, *weights):
+        torch.manual_seed(0)
+        return layer.train()(x * 1)
+
+    assert torch.autograd.gradcheck(output, (x, layer.lora.lora_A, layer.lora.lora_B), fast_mode=True)
 
 
 def test_fp32_adapters_over_a_bf16_base():
