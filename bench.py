@@ -250,7 +250,7 @@ def run_without_training(job: dict) -> dict:
         if job["case"] == "generate":
             answers = train.answer(model if ours else PeerAnswers(model), batch, asked,
                                    train.Alone(), args, device)
-            results += [answer["prediction"] for answer in answers]
+            results += [said["prediction"] for _, said in answers]
         elif ours:
             loss, _ = model(*train.to_device(batch, device))
             results.append((loss / (batch["labels"] >= 0).sum()).item())
