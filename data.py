@@ -957,12 +957,12 @@ def check(rows: Check, max_length: int) -> int:
 
 def check_files(args) -> int:
     """`data.py check`: the number of faults."""
+    files, rows = (args.data_path, args.image_folder), None
     if args.model_name_or_path:
-        rows = open_dataset(args.data_path, args.image_folder, args.model_name_or_path,
-                            args.version, None, args.model_max_length)
-        return check(Check(rows.records, rows.pictures, rows, args.full), args.model_max_length)
-    records, pictures = open_files(args.data_path, args.image_folder)
-    return check(Check(records, pictures, None, args.full), args.model_max_length)
+        rows = open_dataset(*files, args.model_name_or_path, args.version, None,
+                            args.model_max_length)
+    records, pictures = (rows.records, rows.pictures) if rows else open_files(*files)
+    return check(Check(records, pictures, rows, args.full), args.model_max_length)
 
 
 # Of OK-VQA and VQAv2 as they are published. LLaVA-1.5 asks for short answers with these words.
@@ -974,7 +974,8 @@ def read_vqa(path: str, key: str, take) -> tuple[dict, list]:
     try:
         content = json.loads(Path(path).read_bytes())
         return content, [take(item) for item in content[key]]
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError,
+            RecursionError) as error:
         raise ValueError(f"{path}: not {key} as OK-VQA and VQAv2 publish them "
                          f"({type(error).__name__}: {error})") from None
 
@@ -1023,7 +1024,7 @@ def okvqa(args):
                              f"{args.questions[0]}, too")
     else:
         random.Random(args.seed).shuffle(names)
-        held_out = set(names[:round(len(names) * args.val_fraction)])
+        held_out = set(names[:max(0, round(len(names) * args.val_fraction))])
     rows = train + sum(more, [])
     train, validation = ([row for row in rows if (row["image"] in held_out) == held]
                          for held in (False, True))

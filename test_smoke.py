@@ -6,6 +6,7 @@ mistakes of earlier LLaVA trainers that a test guards against.
     bash run.sh test --all      the long ones too
 """
 
+import base64
 import contextlib
 import difflib
 import fcntl
@@ -105,9 +106,9 @@ QWEN_SPLIT = (
 )
 
 
-def byte_level(pad="<|endoftext|>", rstrip=False):
-    """Like Qwen's: bytes, no start token."""
-    bpe = Tokenizer(models.BPE())
+def byte_level(pad="<|endoftext|>", rstrip=False, vocabulary=None):
+    """Like Qwen's: bytes, no start token. `vocabulary` is (ids of pieces, merges), or trained here."""
+    bpe = Tokenizer(models.BPE(*vocabulary or ()))
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(QWEN_SPLIT), "isolated"),
@@ -115,14 +116,13 @@ def byte_level(pad="<|endoftext|>", rstrip=False):
         ]
     )
     bpe.decoder = decoders.ByteLevel()
-    bpe.train_from_iterator(
-        TEXT,
-        trainers.BpeTrainer(
-            vocab_size=600,
-            show_progress=False,
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        ),
+    trainer = trainers.BpeTrainer(
+        vocab_size=600,
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
+    if not vocabulary:
+        bpe.train_from_iterator(TEXT, trainer)
     bpe.add_special_tokens(
         [
             "<|endoftext|>",
@@ -137,21 +137,20 @@ def byte_level(pad="<|endoftext|>", rstrip=False):
     )
 
 
-def sentencepiece(pad, legacy):
-    """Like Llama's: words with ▁ in front, bytes where there is no piece, <s> at the start."""
+def trained_pieces():
     trained = Tokenizer(models.BPE())
     trained.pre_tokenizer = pre_tokenizers.Metaspace()  # no piece reaches over a space
     trained.train_from_iterator(TEXT, trainers.BpeTrainer(vocab_size=300, show_progress=False))
     saved = json.loads(trained.to_str())["model"]
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), *saved["vocab"]]
+    return {p: i for i, p in enumerate(pieces)}, [tuple(m) for m in saved["merges"]]
+
+
+def sentencepiece(pad, legacy, vocabulary=None):
+    """Like Llama's: words with ▁ in front, bytes where there is no piece, <s> at the start."""
+    pieces, merges = vocabulary or trained_pieces()
     bpe = Tokenizer(
-        models.BPE(
-            {p: i for i, p in enumerate(pieces)},
-            [tuple(m) for m in saved["merges"]],
-            unk_token="<unk>",
-            fuse_unk=True,
-            byte_fallback=True,
-        )
+        models.BPE(pieces, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
     )
     if legacy:  # ▁ in front of every stretch between special tokens
         bpe.normalizer = normalizers.Sequence(
@@ -194,9 +193,81 @@ TOKENIZERS = {
 }
 
 
-@pytest.fixture(params=TOKENIZERS)
+def package_file(package, path):
+    """A file inside a public package, which need not be importable; without the package, no test."""
+    found = importlib.util.find_spec(package)
+    if not found:
+        pytest.skip(f"{package} is not installed")
+    return Path(found.origin).parent / path
+
+
+def merges_of(ranks):
+    """A BPE's merges, from the rank of each of its pieces: a piece is made of any two others."""
+    pairs = []
+    for piece, rank in ranks.items():
+        halves = [(piece[:k], piece[k:]) for k in range(1, len(piece))]
+        halves = [(a, b) for a, b in halves if a in ranks and b in ranks]
+        pairs += [(rank, ranks[a], ranks[b], a, b) for a, b in halves]
+    return [(a, b) for *_, a, b in sorted(pairs)]
+
+
+@functools.cache
+def qwen_vocabulary():
+    """Qwen's 151,643 pieces, as tiktoken writes them: in base 64, each with its rank."""
+    lines = package_file("dashscope", "resources/qwen.tiktoken").read_bytes().splitlines()
+    ranks = {base64.b64decode(piece): int(rank) for piece, rank in map(bytes.split, lines)}
+    letters = [
+        *range(33, 127),
+        *range(161, 173),
+        *range(174, 256),
+    ]  # GPT-2's: a letter for each byte
+    letter = dict(zip(letters, map(chr, letters)))
+    letter.update(zip((b for b in range(256) if b not in letter), map(chr, range(256, 512))))
+    vocabulary = {"".join(map(letter.get, piece)): rank for piece, rank in ranks.items()}
+    return vocabulary, merges_of(vocabulary)
+
+
+@functools.cache
+def mistral_vocabulary():
+    """Mistral's 32,000 pieces, Llama's kind, from sentencepiece's file: field 1 holds piece and score."""
+    model = package_file("mistral_common", "data/tokenizer.model.v1").read_bytes()
+    pieces, at = [], 0
+    while (
+        model[at : at + 1] == b"\n"
+    ):  # a piece: its length, and b"\n", length, text, b"\x15", score
+        size, text = model[at + 1], model[at + 3]
+        assert size < 128 and model[at + 2] == 10
+        pieces.append(model[at + 4 : at + 4 + text].decode())
+        at += 2 + size
+    vocabulary = {piece: i for i, piece in enumerate(pieces)}
+    merged = {p: i for p, i in vocabulary.items() if i > 258}  # behind <unk>, <s>, </s> and bytes
+    return vocabulary, merges_of(merged)
+
+
+REAL = {
+    "Qwen": lambda: byte_level(vocabulary=qwen_vocabulary()),
+    "Mistral, pad = unk": lambda: sentencepiece("<unk>", False, mistral_vocabulary()),
+    "Mistral legacy, pad = eos": lambda: sentencepiece("</s>", True, mistral_vocabulary()),
+}
+
+
+@pytest.fixture(
+    params=[*TOKENIZERS, *(pytest.param(name, marks=pytest.mark.long) for name in REAL)]
+)
 def tokenizer(request):
-    return TOKENIZERS[request.param]()
+    return {**TOKENIZERS, **REAL}[request.param]()
+
+
+@pytest.mark.long
+def test_real_vocabularies_have_the_known_ids():
+    qwen = REAL["Qwen"]()
+    text = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|im_start|>assistant"
+    assert qwen(text).input_ids == [
+        *(151644, 8948, 198, 2610, 525, 264, 10950, 17847, 13, 151645, 198),
+        *(151644, 872, 198, 151644, 77091),
+    ]
+    mistral = REAL["Mistral, pad = unk"]()
+    assert mistral("Hello, my name is").input_ids == [1, 22557, 28725, 586, 1141, 349]
 
 
 # --- templates ---
@@ -341,6 +412,58 @@ def test_ids_are_the_tokenizers_own_and_labels_the_answers(
             )
             theirs = tokenizer.apply_chat_template(asked, add_generation_prompt=True).input_ids
             assert prompt in (theirs, text.bos + theirs)
+
+
+MISTRAL = (  # a start token inside, no system turn
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if (message.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('must alternate') }}{% endif %}"
+    "{% if message.role == 'user' %}{{ '[INST] ' + message.content + ' [/INST]' }}"
+    "{% else %}{{ ' ' + message.content + eos_token }}{% endif %}{% endfor %}"
+)
+LLAMA_2 = (  # a start token in each turn, contents stripped
+    "{% if messages[0].role == 'system' %}{% set turns = messages[1:] %}{% set system = messages[0].content %}"
+    "{% else %}{% set turns = messages %}{% set system = false %}{% endif %}{% for message in turns %}"
+    "{% if loop.index0 == 0 and system != false %}{% set content = '<<SYS>>\n' + system + '\n<</SYS>>\n\n' + message.content %}"
+    "{% else %}{% set content = message.content %}{% endif %}"
+    "{% if message.role == 'user' %}{{ bos_token + '[INST] ' + content.strip() + ' [/INST]' }}"
+    "{% elif message.role == 'assistant' %}{{ ' ' + content.strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [QWEN, CHATML, NO_SYSTEM, WITH_BOS, PARTS, MISTRAL, LLAMA_2],
+    ids="qwen chatml no_system with_bos parts mistral llama_2".split(),
+)
+def test_a_folders_own_template_gives_the_ids_that_it_gives_anyone(
+    tokenizer, template
+):  # traps 4, 6, 44, 46, 47; troubles 1, 18
+    if tokenizer.bos_token is None:
+        tokenizer.bos_token = "<s>"  # has one, as Qwen2's may, and never puts it in front by itself
+    text = chat_text(tokenizer, template)
+    tokenizer.chat_template = template  # as anyone else would call it
+
+    def theirs(messages, prompt):
+        if template == PARTS:
+            messages = [
+                {**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages
+            ]
+        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=prompt).input_ids
+        return (
+            ids if ids[0] == tokenizer.bos_token_id else text.bos + ids
+        )  # one start token, always
+
+    for n in (1, 2, 3):
+        messages = messages_of(TURNS[:n])
+        ids, labels = text.ids_and_labels(messages)
+        assert ids == theirs(messages, False)
+        answers = [s.strip() for s in supervised(text, messages)]
+        ends = {a[len(said) :].strip() for a, (_, said) in zip(answers, TURNS[:n], strict=True)}
+        assert [a.startswith(said) for a, (_, said) in zip(answers, TURNS)] == [True] * n
+        assert len(ends) == 1 and ends <= {"<|im_end|>", "</s>"}
+        prompt = text.ids_and_labels(messages[:-1], prompt=True)[0]
+        assert prompt == theirs(messages[:-1], True) == ids[: len(prompt)]
+        assert labels[len(prompt)] != IGNORE == labels[len(prompt) - 1]
 
 
 def test_plain_is_picture_and_caption_without_end_token(tokenizer):  # trap 37
@@ -1342,6 +1465,10 @@ VQA_FAULTS = {
     "--out .*out: exists already": lambda d: (d / "out").mkdir(),
     "0 questions to train on and 20": "--val_fraction 1",
     "20 questions to train on and 0": "--val_fraction 0.01",
+    "20 questions to train on and 0.* -0.3": "--val_fraction -0.3",
+    "not questions as .*OverflowError": lambda d: change_json(
+        d / "train2014_questions.json", lambda c: c["questions"][3].update(image_id=1e999)
+    ),
     "--questions and --annotations take one file each, or two": "--annotations a b c",
 }
 
@@ -1445,6 +1572,54 @@ def test_check_reports_the_tokens_that_training_sees(toy, tiny, capsys):
         == f"{(batch['labels'] != IGNORE).sum() / sum(lengths):.1%} of the tokens"
     )
     assert report["cut"].startswith("0 rows (0.00%)") and report["faults"] == "0"
+
+
+def private_bytes():
+    """The memory that this process shares with no other (USS)."""
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith("Private_"))
+
+
+class Loaded(torch.utils.data.Dataset):
+    """Prepares a row and forgets it."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __getitem__(self, i):
+        assert self.rows[i]["fault"] is None
+
+
+@pytest.mark.long
+def test_600_000_rows_start_in_10_seconds_and_a_worker_costs_under_100_mb(tiny, tmp_path):
+    n, picture = 600_000, encoded(noise(64, 48), "JPEG")
+    said = ["organization is synonymous with azaleas .", "a man in front of the house on the beach"]
+    with open(tmp_path / "chat.json", "w") as file:
+        for i in range(n):
+            turns = [f"Provide a brief description of the given image.\n{IMAGE}", said[i % 2]]
+            caption = row(turns, id=f"GCC_train_{i:09d}", image=f"GCC_train_{i:09d}.jpg")
+            file.write(("[" if i == 0 else ", ") + json.dumps(caption))
+        file.write("]")
+    with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
+        for i in range(n):
+            archive.writestr(f"GCC_train_{i:09d}.jpg", picture)
+    began = time.perf_counter()
+    rows = data.open_dataset(tmp_path / "chat.json", tmp_path / "images.zip", tiny, "plain")
+    steps = data.plan_epoch(rows.records.lengths, rows.records.has_picture, 256, 0, 0, False)
+    seconds = time.perf_counter() - began
+    batches = data.micro_batches(steps, 1, 1, 0)[:16]
+    shares = [sum(batches[k::4], []) for k in range(4)]  # 1,024 rows for each of 4 workers
+    private = list(
+        torch.utils.data.DataLoader(
+            Loaded(rows),
+            batch_sampler=shares,
+            num_workers=4,
+            collate_fn=lambda _: private_bytes(),
+            multiprocessing_context="fork",
+        )
+    )
+    print(f"{seconds:.1f} s, {[b // 2**20 for b in private]} MiB")
+    assert len(rows) == n and seconds < 10 and max(private) < 100e6
 
 
 # --- damaged files ---
@@ -4474,7 +4649,9 @@ def test_a_signal_reaches_the_run_as_the_file_stop_alone_and_a_warned_job_is_que
 ):
     """Sent to the whole process group, as Ctrl-C is. The second start goes on through both stages."""
     start, calls = shell
-    environment = STAGES | SLURM | {"PRETRAIN_DATA": "a.json", "PRETRAIN_IMAGES": "images", "GPUS": "4"}
+    environment = (
+        STAGES | SLURM | {"PRETRAIN_DATA": "a.json", "PRETRAIN_IMAGES": "images", "GPUS": "4"}
+    )
     process = start(**environment, WAIT="yes")
     while not (tmp_path / "calls").exists() or not calls("waiting"):
         assert process.poll() is None
@@ -4537,7 +4714,9 @@ def test_both_stages_end_as_an_undisturbed_process_does_though_stopped_in_a_slow
     for path in [*HERE.glob("*.py"), *HERE.glob("*.json"), HERE / "run.sh"]:
         shutil.copy(path, folder)
     code, main = (folder / "train.py").read_text(), 'if __name__ == "__main__":'
-    (folder / "train.py").write_text(code.replace(main, SLOW.replace("SECONDS", str(seconds)) + main))
+    (folder / "train.py").write_text(
+        code.replace(main, SLOW.replace("SECONDS", str(seconds)) + main)
+    )
     for name in ("python", "deepspeed"):  # the real ones
         (tmp_path / "bin" / name).unlink()
     (tmp_path / "bin/scontrol").write_text(STANDINS["scontrol"].replace("node%s", "127.0.0.%s"))
@@ -4672,6 +4851,9 @@ def test_every_command_of_the_readme_runs(world, tmp_path, monkeypatch, capsys):
     shutil.copy(world / "images" / "1.png", tmp_path / "photo.jpg")
     for name, source in (("chat", "captions"), ("instruct", "rows"), ("validation", "rows")):
         shutil.copy(world / f"{source}.json", tmp_path / f"{name}.json")
+    write_vqa(tmp_path, "train2014", ASKED)
+    for name in ("OpenEnded_mscoco_train2014_questions", "mscoco_train2014_annotations"):
+        (tmp_path / f"train2014_{name.split('_')[-1]}.json").rename(tmp_path / f"{name}.json")
     ran = []
     for program, line in readme_commands():
         file, *argv = shlex.split(line)
