@@ -128,11 +128,15 @@ def decode_picture(data: bytes, name: str = "") -> Image.Image:
         raise ValueError(f"picture {name}: not one that can be read ({reason})") from None
 
 
+def encode_name(name: str) -> bytes:
+    return name.encode("utf-8", "surrogatepass")
+
+
 class Pictures:
     """A folder of pictures, or a .zip of them read in place; `read(name)` gives a file's bytes.
 
-    The zip's directory is read once and kept as plain numbers, and `os.pread` has no file position,
-    so worker processes forked from this one share both.
+    The zip's directory is read once, into sorted arrays, and `os.pread` has no file position, so
+    worker processes forked from this one share both for good (see `Records`).
     """
 
     def __init__(self, path: str | Path):
@@ -140,9 +144,12 @@ class Pictures:
         if self.path.is_file():
             try:
                 with zipfile.ZipFile(self.path) as archive:
-                    self.entries = {
-                        i.filename: (i.header_offset, i.compress_size, i.compress_type, i.CRC)
-                        for i in archive.infolist()}
+                    files = archive.infolist()
+                names = np.array([encode_name(file.filename) for file in files], "S")
+                entries = np.array([(file.header_offset, file.compress_size, file.compress_type,
+                                     file.CRC) for file in files], np.int64).reshape(-1, 4)
+                order = names.argsort(kind="stable")
+                self.names, self.entries = names[order], entries[order]
             except Exception as error:  # zipfile, too, raises nearly anything
                 raise ValueError(f"--image_folder {path}: neither a folder nor a whole .zip "
                                  f"({error})") from None
@@ -151,7 +158,13 @@ class Pictures:
             raise FileNotFoundError(f"--image_folder {path}: no such folder or .zip")
 
     def __contains__(self, name: str) -> bool:
-        return name in self.entries if self.archive is not None else (self.path / name).is_file()
+        return (self.path / name).is_file() if self.archive is None else self.find(name) >= 0
+
+    def find(self, name: str) -> int:
+        """The place of a name among the zip's, the last of equal ones; -1 where there is none."""
+        name = encode_name(name)
+        at = int(self.names.searchsorted(name, side="right")) - 1
+        return at if at >= 0 and self.names[at] == name else -1
 
     def read(self, name: str, at_most: int | None = None) -> bytes:
         """A file's bytes, or its first; FileNotFoundError, or ValueError if the zip is damaged."""
@@ -162,9 +175,9 @@ class Pictures:
             except (OSError, ValueError) as error:
                 reason = type(error).__name__
                 raise FileNotFoundError(f"picture {self.path / name}: {reason}") from None
-        if name not in self.entries:
+        if (at := self.find(name)) < 0:
             raise FileNotFoundError(f"picture {name}: not in {self.path}")
-        offset, size, method, crc = self.entries[name]
+        offset, size, method, crc = self.entries[at].tolist()
         try:
             # A local header is 30 bytes and two strings, whose lengths are its last two fields.
             strings = struct.unpack("<2H", os.pread(self.archive, 30, offset)[26:])
@@ -172,7 +185,7 @@ class Pictures:
             data = os.pread(self.archive, part, offset + 30 + sum(strings))
             if method == zipfile.ZIP_DEFLATED:
                 data = zlib.decompressobj(-15).decompress(data)
-        except (OSError, struct.error, zlib.error) as error:
+        except (OSError, MemoryError, struct.error, zlib.error) as error:
             raise ValueError(f"picture {name} in {self.path}: damaged ({error})") from None
         if part == size and zlib.crc32(data) != crc:
             raise ValueError(f"picture {name} in {self.path}: damaged (checksum)")
