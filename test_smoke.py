@@ -962,6 +962,10 @@ def test_records_come_back_as_they_were(tmp_path):  # trap 33
         ("a.jsonl", b'{"id": 1}\n{"id": "\xff"}', "a.jsonl: line 2: not JSON"),
         ("a.json", "", "a.json: line 1: not JSON"),
         ("a.json", "{}", "expected a list of rows, found dict"),
+        ("a.json", '[{"id": 1},\n{}] x', "a.json: line 2: not JSON"),
+        ("a.json", "[1,]", "not JSON"),
+        ("a.json", "[1 2]", "not JSON"),
+        ("a.json", "[\n] x", "a.json: line 2: not JSON"),
         ("a.json", "[]", "no rows"),
         ("a.jsonl", "\n", "no rows"),
         ("a.json", "[" * 100_000, "not JSON"),
@@ -4894,6 +4898,8 @@ def test_every_command_of_the_readme_runs(world, tmp_path, monkeypatch, capsys):
             ]
         if "chat" in argv:
             argv += ["--max_new_tokens", "2"]
+        if "okvqa" in argv:
+            argv += ["--val_fraction", "0.3"]  # of 10 pictures
         if file == "bench.py":  # what it was asked for, less of it, and the last flag counts
             monkeypatch.setattr(bench, "run", in_this_process)
             argv += "--shape tiny --cases projector --mix caption --micro_batch 1 --peers".split()
