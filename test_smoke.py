@@ -4673,9 +4673,7 @@ def test_a_signal_reaches_the_run_as_the_file_stop_alone_and_a_warned_job_is_que
 ):
     """Sent to the whole process group, as Ctrl-C is. The second start goes on through both stages."""
     start, calls = shell
-    environment = (
-        STAGES | SLURM | {"PRETRAIN_DATA": "a.json", "PRETRAIN_IMAGES": "images", "GPUS": "4"}
-    )
+    environment = STAGES | SLURM | {"PRETRAIN_DATA": "a.json", "PRETRAIN_IMAGES": "images", "GPUS": "4"}
     process = start(**environment, WAIT="yes")
     while not (tmp_path / "calls").exists() or not calls("waiting"):
         assert process.poll() is None
@@ -4738,9 +4736,7 @@ def test_both_stages_end_as_an_undisturbed_process_does_though_stopped_in_a_slow
     for path in [*HERE.glob("*.py"), *HERE.glob("*.json"), HERE / "run.sh"]:
         shutil.copy(path, folder)
     code, main = (folder / "train.py").read_text(), 'if __name__ == "__main__":'
-    (folder / "train.py").write_text(
-        code.replace(main, SLOW.replace("SECONDS", str(seconds)) + main)
-    )
+    (folder / "train.py").write_text(code.replace(main, SLOW.replace("SECONDS", str(seconds)) + main))
     for name in ("python", "deepspeed"):  # the real ones
         (tmp_path / "bin" / name).unlink()
     (tmp_path / "bin/scontrol").write_text(STANDINS["scontrol"].replace("node%s", "127.0.0.%s"))
