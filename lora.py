@@ -25,10 +25,10 @@ https://huggingface.co/docs/peft/developer_guides/checkpoint
 
 import argparse
 import collections
+import functools
 import hashlib
 import json
 import math
-import os
 import re
 import shutil
 import sys
@@ -275,10 +275,10 @@ def save(model, out, base=None, rename=str, modules_to_save=(), tensors=None):
     tensors = {PREFIX + key: tensors[name].detach().float().cpu() for name, key in keys.items()}
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, out / f"{WEIGHTS}.tmp", metadata={"format": "pt"})
-    (out / f"{CONFIG}.tmp").write_text(json.dumps(config, indent=2) + "\n")
+    save_file(tensors, out / f"{WEIGHTS}.part", metadata={"format": "pt"})
+    (out / f"{CONFIG}.part").write_text(json.dumps(config, indent=2) + "\n")
     for file in (WEIGHTS, CONFIG):  # whole or not at all, each
-        os.replace(out / f"{file}.tmp", out / file)
+        (out / f"{file}.part").replace(out / file)
 
 
 def peft_config(model, base, rename, modules_to_save):
@@ -301,7 +301,7 @@ def peft_config(model, base, rename, modules_to_save):
         "bias": "none",
         "bits": 4 if nf4 else 16,
         "quantized": nf4,
-        "base_fingerprint": base and fingerprint(read_folder(base), rename),
+        "base_fingerprint": base and base_fingerprint(base, rename),
     }
 
 
@@ -420,6 +420,12 @@ def fingerprint(tensors, rename=str):
     return digest.hexdigest()
 
 
+@functools.cache
+def base_fingerprint(folder, rename=str):
+    """The fingerprint of a model folder, computed once: every checkpoint of a run records it."""
+    return fingerprint(read_folder(folder), rename)
+
+
 def read_folder(folder):
     """{name: tensor} of a model folder, mapped from its files: read from disk when touched."""
     return {k: v for file in weight_files(folder) for k, v in read_tensors(file).items()}
@@ -457,7 +463,7 @@ def merge(base, adapter, out, rename=str, dequantize=False):
         raise ValueError(f"{adapter} was not trained over 4 bits: leave --dequantize out")
     if out.exists():
         raise ValueError(f"{out} exists: name a new folder")
-    partial = out.with_name(f"{out.name}.partial")
+    partial = out.with_name(f"{out.name}.part")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     for file in weight_files(base):
@@ -472,7 +478,7 @@ def merge(base, adapter, out, rename=str, dequantize=False):
     if template.is_file():  # the one that the adapter was trained with
         shutil.copy(template, partial)
         (partial / "chat_template.json").unlink(missing_ok=True)  # an older folder's
-    os.rename(partial, out)
+    partial.rename(out)
 
 
 def merge_tensor(path, weight, config, adapter, dequantize):

@@ -39,12 +39,14 @@ import signal
 import sys
 import textwrap
 import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont
+from safetensors import SafetensorError
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
@@ -67,23 +69,27 @@ LORA_PROJECTOR_LR = 2e-5  # published too: the projector has learnt already, the
 # --- model, schedule, parameter groups ---
 
 
-def load_model(args, source: Path, device: str):
-    """The model as the flags want it: in 4 bits or not, with an adapter or not, what trains set."""
-    dtype, storage = torch.bfloat16 if args.bf16 else torch.float32, torch.uint8
-    if args.deepspeed and deepspeed_config(args)["zero_optimization"]["stage"] == 3:
-        storage = dtype  # ZeRO-3 cannot share out bytes
-    if args.deepspeed and args.bits == 16:
+def load_model(args, source: Path, device: str, stage: int = 0):
+    """The model as the flags want it: in 4 bits or not, with an adapter or not, what trains set.
+
+    For ZeRO's stage 3 its weights stay mapped from the file, and in the file's dtype: see `share`.
+    """
+    dtype = torch.bfloat16 if args.bf16 else torch.float32
+    storage = dtype if stage == 3 else torch.uint8  # ZeRO-3 cannot share out bytes
+    late = stage == 3 and args.bits == 16 and not args.adapter
+    if stage and args.bits == 16:
         device = "cpu"  # mapped from the file, until DeepSpeed takes this rank's share of it
-    model = llava.open_model(source, args.adapter, args.bits, dtype, device, storage)
+    model = llava.open_model(source, args.adapter, args.bits, None if late else dtype, device,
+                             storage)
     if args.train_type == "use_lora":
-        lora.weight_files(source)  # an adapter remembers its base by these: fail now, not at a save
+        lora.base_fingerprint(source, llava.transformers_name)  # fail now, not at a save
         own = data.PictureTransform.from_pretrained(source).aspect_ratio
         if args.image_aspect_ratio not in (None, own):
             raise ValueError(f"--image_aspect_ratio {args.image_aspect_ratio}: {source} has {own}, "
                              "and an adapter has no place for another")
     if args.train_type == "use_lora" and not args.adapter:
         names = lora.inject(model, args.lora_target_modules, args.lora_r, args.lora_alpha,
-                            args.lora_dropout, args.use_rslora)
+                            args.lora_dropout, args.use_rslora, dtype)
         outside = [name for name in names if not re.fullmatch(llava.DECODER, name)]
         if outside:
             raise ValueError(f"--lora_target_modules {args.lora_target_modules}: matches "
@@ -102,7 +108,7 @@ def save_adapter(model, text, state: dict, folder: Path, source: Path):
         (folder / "chat_template.jinja").write_text(text.chat_template)
 
 
-def save_result(model, args, text, state: dict, out: Path, source: Path):
+def save_result(model, args, text, state: dict, source: Path, out: Path):
     """Writes what was trained, a model folder or an adapter, beside `out`, and renames it."""
     part = out.with_name(out.name + ".new")
     shutil.rmtree(part, ignore_errors=True)  # of a run that died while it saved
@@ -134,7 +140,7 @@ def make_optimizer(parameters: dict, args) -> torch.optim.AdamW:
         [{"params": params, "lr": rates[part], "base_lr": rates[part],
           "weight_decay": args.weight_decay * matrix}
          for (part, matrix), params in groups.items()],
-        betas=(0.9, 0.999), eps=1e-8, fused=not args.deepspeed)
+        betas=(0.9, 0.999), eps=1e-8, fused=True)
 
 
 def set_learning_rates(optimizer, factor: float):
@@ -143,6 +149,10 @@ def set_learning_rates(optimizer, factor: float):
 
 
 # --- engines: the same calls, whatever is behind them ---
+
+
+class Agreed(ValueError):
+    """An error that every rank raises, so that none waits for another; rank 0 says it."""
 
 
 class Alone:
@@ -157,6 +167,11 @@ class Alone:
     def gather(self, rows: list) -> list:
         """The lists of all ranks, as one."""
         return rows
+
+    def agree(self, faults: list[str]):
+        """Every rank stops with the first fault that any of them has."""
+        if faults := self.gather(faults):
+            raise Agreed(faults[0])
 
 
 class Plain(Alone):
@@ -205,9 +220,9 @@ class Plain(Alone):
         """{name: fp32 tensor} of all that trains."""
         return {name: master.detach() for name, master in self.masters.items()}
 
-    def save(self, folder: Path):
-        torch.save({"weights": self.state(), "optimizer": self.optimizer.state_dict()},
-                   folder / "state.pt")
+    def save(self, folder: Path, attempt):
+        attempt(torch.save, {"weights": self.state(), "optimizer": self.optimizer.state_dict()},
+                folder / "state.pt")
 
     def load(self, folder: Path):
         saved = torch.load(folder / "state.pt", weights_only=True)
@@ -217,20 +232,39 @@ class Plain(Alone):
         self._publish()
 
 
-class ZeRO:
+class ZeRO(Alone):
     """Many processes, DeepSpeed's engine inside. Each holds its share of gradients, masters and
     moments (stage 2), and of the weights too (stage 3).
     """
 
-    def __init__(self, model, args):
+    def __init__(self, model, args, config: dict):
         import deepspeed
 
         self.model, self.deepspeed = model, deepspeed
+        if config["zero_optimization"]["stage"] == 3:
+            self.share(config, torch.bfloat16 if args.bf16 else torch.float32)
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.engine, *_ = deepspeed.initialize(
-            model=model, optimizer=make_optimizer(trained, args), config=deepspeed_config(args))
+            model=model, optimizer=make_optimizer(trained, args), config=config)
+        self.engine._copy_recovery_script = lambda folder: None  # a write that could fail unheard
         self.optimizer = self.engine.optimizer
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
+
+    def share(self, config: dict, dtype):
+        """Leaves this rank its share of each weight, weight by weight.
+
+        NOTE: `initialize` alone would first move the whole model to the device, and write over it
+        what rank 0 has: pages that the ranks share, as they are mapped from the file, would become
+        each one's own. So a weight is copied just before.
+        """
+        for module in reversed(list(self.model.modules())):  # children first
+            for p in module.parameters(recurse=False):
+                if not hasattr(p, "ds_id"):
+                    p.data = p.data.clone() if lora.is_nf4(p) else p.data.to(dtype, copy=True)
+            if any(not hasattr(p, "ds_id") for p in module.parameters()):
+                self.deepspeed.zero.Init(module=module, config_dict_or_path=config)
+        for buffer in self.model.buffers():
+            buffer.data = buffer.data.to("cuda" if torch.cuda.is_available() else "cpu")
 
     def all_reduce(self, *numbers):
         total = torch.tensor(numbers, dtype=torch.float64, device=self.engine.device)
@@ -272,26 +306,42 @@ class ZeRO:
                 state.clear()
         return state
 
-    def save(self, folder: Path):
-        self.engine.save_checkpoint(str(folder), tag="state", exclude_frozen_parameters=True)
+    def save(self, folder: Path, attempt):
+        """NOTE: its ranks wait for one another, so a write that fails must not raise in there."""
+        self.engine.checkpoint_engine.save = lambda state_dict, path: attempt(
+            torch.save, state_dict, path)
+        self.engine.save_checkpoint(str(folder), tag="state", exclude_frozen_parameters=True,
+                                    save_latest=False)
 
     def load(self, folder: Path):
         """NOTE: DeepSpeed unpickles its files, so only checkpoints of this very run come here."""
         self.engine.load_checkpoint(str(folder), tag="state", load_module_strict=False)
 
 
+OFFLOADED = {"none": [], "optimizer": ["offload_optimizer"],
+             "all": ["offload_optimizer", "offload_param"]}
+
+
 def deepspeed_config(args) -> dict:
     """The file of --deepspeed and, from the flags, what it must leave to them."""
+    if not Path(args.deepspeed).is_file():
+        raise FileNotFoundError(f"--deepspeed {args.deepspeed}: no such file")
     config = llava.read_json(Path(args.deepspeed))
-    if config.get("zero_optimization", {}).get("stage") not in (2, 3):
+    zero = config.get("zero_optimization", {})
+    if zero.get("stage") not in (2, 3):
         raise ValueError(f"--deepspeed {args.deepspeed}: zero_optimization needs a stage, 2 or 3")
+    if args.offload == "all" and zero["stage"] == 2:
+        raise ValueError(f"--offload all: {args.deepspeed} is ZeRO-2, which shares out no weights; "
+                         "use ds_zero3.json, or --offload optimizer")
+    memory = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    zero = {**zero, **{section: memory for section in OFFLOADED[args.offload]}}
     flags = {"train_micro_batch_size_per_gpu": args.per_device_train_batch_size,
              "gradient_accumulation_steps": args.gradient_accumulation_steps,
              "gradient_clipping": args.max_grad_norm}
     for key in (*flags, "train_batch_size", "optimizer", "scheduler", "fp16"):
         if key in config:
             raise ValueError(f"--deepspeed {args.deepspeed}: remove {key}, the flags decide it")
-    return {**config, **flags, "bf16": {"enabled": args.bf16}}
+    return {**config, **flags, "zero_optimization": zero, "bf16": {"enabled": args.bf16}}
 
 
 # --- evaluation ---
@@ -405,9 +455,9 @@ def evaluate(model, dataset, engine, collate, args, device) -> tuple[dict, list[
         loss, right = model(*to_device(batch, device))
         sums += loss.item(), right.item(), (batch["labels"] >= 0).sum().item()
     loss, right, tokens, faulty = engine.all_reduce(*sums.tolist(), len(faults))
-    handle_faults(faults, faulty, args)
+    handle_faults(faults, faulty, engine, args)
     if not tokens or not math.isfinite(loss):
-        raise ValueError(f"{dataset.records.path}: " + (
+        raise Agreed(f"{dataset.records.path}: " + (
             f"the loss on its rows is {loss}" if tokens else "none of its rows can be used"))
     metrics = {"eval_loss": loss / tokens, "eval_token_accuracy": right / tokens}
     count = len(dataset) if args.eval_samples < 0 else min(args.eval_samples, len(dataset))
@@ -469,8 +519,8 @@ def check_empty(out: Path):
         raise ValueError(f"--output_dir {out}: not empty, and no run; name a new folder")
 
 
-def open_run(args) -> tuple[str, Path | None]:
-    """The id of the run in `output_dir`, and the checkpoint to go on from, if any.
+def open_run(args) -> tuple[str, list[Path]]:
+    """The id of the run in `output_dir`, and the checkpoints to go on from, the best one last.
 
     Raises ValueError where `output_dir` is the source, another run's, or something else.
     """
@@ -482,7 +532,7 @@ def open_run(args) -> tuple[str, Path | None]:
         if args.resume_from_checkpoint not in (None, "latest"):
             raise ValueError(f"--output_dir {out}: no run there that could go on from "
                              f"{args.resume_from_checkpoint}")
-        return secrets.token_hex(8), None
+        return secrets.token_hex(8), []
     if args.resume_from_checkpoint is None:
         raise ValueError(f"--output_dir {out} holds a run: go on with --resume_from_checkpoint "
                          "latest, or name a new folder")
@@ -492,36 +542,91 @@ def open_run(args) -> tuple[str, Path | None]:
             raise ValueError(f"--output_dir {out} holds a run with --{name} "
                              f"{run['args'].get(name)}, not {value}: name a new folder")
     if args.resume_from_checkpoint == "latest":
-        return run["id"], next(reversed(checkpoints(out)), None)
-    return run["id"], Path(args.resume_from_checkpoint)
+        return run["id"], checkpoints(out)
+    return run["id"], [Path(args.resume_from_checkpoint)]
 
 
-def save_checkpoint(engine, out: Path, progress: dict, limit: int, add_adapter):
+class Attempts:
+    """Writes whose failure (a full disk, say) is kept until all ranks hear of it and stop together:
+    one that raised alone would leave the others waiting. The one `except` in training.
+    """
+
+    def __init__(self):
+        self.faults = []
+
+    def __call__(self, write, *args, **options):
+        try:
+            write(*args, **options)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            self.faults.append(f"{args[-1]}: not written ({llava.one_line(error)[:200]}); "
+                               "the checkpoints before it stay")
+
+
+def save_checkpoint(engine, out: Path, progress: dict, limit: int, attempt, write_adapter=None):
     """All that a run needs to go on bit for bit, written aside, then renamed; `limit` are kept.
 
-    `add_adapter(folder)` makes that of a LoRA run a complete adapter, too.
+    `write_adapter(state, folder)` makes that of a LoRA run a complete adapter, too.
     """
     target = out / f"checkpoint-{progress['step']}"
     part = target.with_suffix(".part")
-    part.mkdir(exist_ok=True)
-    engine.save(part)
+    attempt(os.makedirs, part / "state", exist_ok=True)
+    engine.agree(attempt.faults)
+    engine.save(part, attempt)
     rng = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
-    torch.save(rng, part / f"rng-{engine.rank}.pt")
-    add_adapter(part)
-    engine.all_reduce(0)  # every rank has written its share
+    attempt(torch.save, rng, part / f"rng-{engine.rank}.pt")
+    state = engine.state(frozen=False) if write_adapter else None  # on every rank: it gathers
+    if write_adapter and engine.rank == 0:
+        attempt(write_adapter, state, part)
+    engine.agree(attempt.faults)  # every rank has written its share
     if engine.rank == 0:
-        (part / "progress.json").write_text(json.dumps(progress))
-        llava.replace_folder(part, target)
-        for old in checkpoints(out)[:-limit] if limit > 0 else []:
-            llava.remove_folder(old)
-    engine.all_reduce(0)
+        attempt(publish_checkpoint, progress, limit, target)
+    engine.agree(attempt.faults)
 
 
-def load_checkpoint(engine, folder: Path, run_id: str) -> dict:
-    """Restores what `save_checkpoint` wrote, and returns its progress."""
-    if not (folder / "progress.json").is_file():
-        raise FileNotFoundError(f"--resume_from_checkpoint {folder}: no checkpoint there")
+def publish_checkpoint(progress: dict, limit: int, target: Path):
+    """Names the files of a checkpoint, whole now, renames it, and removes the oldest ones."""
+    part = target.with_suffix(".part")
+    files = {str(path.relative_to(part)): path.stat().st_size
+             for path in sorted(part.rglob("*.pt"))}
+    replace_file(json.dumps({**progress, "files": files}), part / "progress.json")
+    llava.replace_folder(part, target)
+    for old in checkpoints(target.parent)[:-limit] if limit > 0 else []:
+        llava.remove_folder(old)
+
+
+def damage(folder: Path, rank: int, world: int) -> list[str]:
+    """What is wrong with a checkpoint, as far as this rank's part of its files shows.
+
+    What torch saves is a zip with a checksum of each tensor. Nothing is unpickled before this.
+    """
+    path = folder / "progress.json"
+    try:
+        sizes = llava.read_json(path)["files"]
+        for name in sorted(sizes)[rank::world]:
+            path = folder / name
+            if path.stat().st_size != sizes[name]:
+                raise ValueError(f"not {sizes[name]} bytes long")
+            with zipfile.ZipFile(path) as file:
+                if wrong := file.testzip():
+                    raise ValueError(f"the checksum of {wrong} is wrong")
+    except Exception as error:  # whatever a damaged file brings about
+        return [f"{path}: damaged ({llava.one_line(error)})"]
+    return []
+
+
+def load_checkpoint(engine, folders: list[Path], run_id: str) -> dict:
+    """Restores the last of these checkpoints that is whole, and returns its progress."""
+    for folder in reversed(folders):
+        if not (folder / "progress.json").is_file():
+            raise FileNotFoundError(f"--resume_from_checkpoint {folder}: no checkpoint there")
+        faults = engine.gather(damage(folder, engine.rank, engine.world))
+        if not faults:
+            break
+        if folder == folders[0]:
+            engine.agree(faults)
+        print(f"{faults[0]}: passed over")
     progress = llava.read_json(folder / "progress.json")
+    del progress["files"]
     if progress["run"] != run_id:
         raise ValueError(f"--resume_from_checkpoint {folder}: another run's; it takes only its own")
     if progress["world"] != engine.world:
@@ -531,14 +636,26 @@ def load_checkpoint(engine, folder: Path, run_id: str) -> dict:
     rng = torch.load(folder / f"rng-{engine.rank}.pt", weights_only=True)
     torch.set_rng_state(rng["cpu"])
     torch.cuda.set_rng_state_all(rng["cuda"])
+    print(f"going on from {folder}")
     return progress
 
 
-def replace_file(path: Path, text: str):
+def replace_file(text: str, path: Path):
     """Writes a file whole, or leaves it as it was."""
     part = path.with_name(path.name + ".part")
     part.write_text(text)
     part.replace(path)
+
+
+def replace_picture(picture: Image.Image, path: Path):
+    part = path.with_name(path.name + ".part")
+    picture.save(part, "PNG")
+    part.replace(path)
+
+
+def append(text: str, path: Path):
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(text)
 
 
 class Log:
@@ -546,26 +663,21 @@ class Log:
     back the lines behind it.
     """
 
-    def __init__(self, out: Path, step: int, rank: int):
-        self.out, self.rank = out, rank
+    def __init__(self, out: Path, step: int, rank: int, attempt):
+        self.out, self.rank, self.attempt = out, rank, attempt
         for path in (out / "metrics.jsonl", out / "predictions.jsonl") if rank == 0 else ():
             # Split at "\n" alone: answers may hold other ends of lines. The last may be cut short.
             lines = path.read_text().split("\n")[:-1] if path.exists() else []
             kept = [line + "\n" for line in lines if json.loads(line)["step"] <= step]
-            replace_file(path, "".join(kept))
+            self.attempt(replace_file, "".join(kept), path)
 
     def read(self, name: str) -> list[dict]:
         return [json.loads(line) for line in (self.out / name).read_text().split("\n")[:-1]]
 
-    def replace_picture(self, name: str, picture: Image.Image):
-        part = self.out / f"{name}.part"
-        picture.save(part, "PNG")
-        part.replace(self.out / name)
-
     def write(self, name: str, *rows: dict):
         if self.rank == 0:
-            with open(self.out / name, "a", encoding="utf-8") as file:
-                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            self.attempt(append, lines, self.out / name)
 
 
 class StopRequest:
@@ -596,8 +708,12 @@ class StopRequest:
 # --- what people see ---
 
 
-def describe(model, args, steps_per_epoch: int, total_steps: int, rows: int, world: int):
-    """Prints what trains, the batch arithmetic, and the memory that follows from both."""
+def describe(model, args, steps_per_epoch: int, total_steps: int, rows: int, world: int,
+             stage: int):
+    """Prints what trains, the batch arithmetic, and the memory that follows from both.
+
+    ZeRO shares out among `world` processes: stage 2 what the optimizer needs, 3 the weights too.
+    """
     print(f"{'module':<24}{'parameters':>16}{'trainable':>16}  dtype")
     for name, part in model.named_children():
         count = lora.count(part.parameters())
@@ -608,12 +724,15 @@ def describe(model, args, steps_per_epoch: int, total_steps: int, rows: int, wor
     print(f"batch: {micro} rows x {accumulation} accumulated x {world} processes = "
           f"{micro * accumulation * world} rows a step")
     print(f"steps: {rows:,} rows, {steps_per_epoch:,} steps an epoch, {total_steps:,} in all")
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    weights = sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in model.parameters())
     training = lora.count(p for p in model.parameters() if p.requires_grad)
-    sizes = {"weights": weights, "masters": 4 * training * args.bf16, "gradients": 4 * training,
+    training /= world if stage >= 2 else 1
+    weights /= world if stage == 3 else 1
+    masters = args.bf16 or stage > 0  # DeepSpeed has fp32 masters of fp32 weights too
+    sizes = {"weights": weights, "masters": 4 * training * masters, "gradients": 4 * training,
              "moments": 8 * training}
-    print("memory: " + ", ".join(f"{what} {size / 2**20:,.1f} MiB" for what, size in sizes.items()),
-          flush=True)
+    print("memory of a process: " + ", ".join(
+        f"{what} {size / 2**20:,.1f} MiB" for what, size in sizes.items()), flush=True)
 
 
 def count_weights(model) -> list[tuple]:
@@ -716,10 +835,14 @@ def publish(log, tell, step: int, metrics: dict, answers: list[dict], rows: data
     log.write("metrics.jsonl", {"step": step, **metrics})
     log.write("predictions.jsonl", *({"step": step, **a} for a in answers))
     if log.rank == 0:
-        sheet = draw_samples(answers, rows, headline(step, metrics))
-        log.replace_picture("samples.png", sheet)
-        log.replace_picture("curves.png", draw_curves(log.read("metrics.jsonl")))
-        tell(step, metrics, answers, sheet)
+        log.attempt(publish_pictures, log, tell, step, metrics, answers, rows, log.out)
+
+
+def publish_pictures(log, tell, step: int, metrics: dict, answers: list[dict], rows, out: Path):
+    sheet = draw_samples(answers, rows, headline(step, metrics))
+    replace_picture(sheet, out / "samples.png")
+    replace_picture(draw_curves(log.read("metrics.jsonl")), out / "curves.png")
+    tell(step, metrics, answers, sheet)
 
 
 def open_reporter(kind: str, args, run_id: str, step: int):
@@ -908,11 +1031,10 @@ class FirstWindow:
     def _note(self, name: str, gradient):
         self.finite[name] = self.finite[name] is not False and bool(gradient.isfinite().all())
 
-    def check(self):
-        for name, finite in self.finite.items():
-            if not finite:
-                raise ValueError(f"{name} should train, but its gradient is "
-                                 f"{'missing' if finite is None else 'not finite'}")
+    def check(self, engine):
+        engine.agree([f"{name} should train, but its gradient is "
+                      f"{'missing' if finite is None else 'not finite'}"
+                      for name, finite in self.finite.items() if not finite])
         for hook in self.hooks:
             hook.remove()
 
@@ -958,12 +1080,11 @@ def take_faults(batches: list[dict]) -> list[str]:
     return [fault for batch in batches for fault in batch["faults"]]
 
 
-def handle_faults(faults: list[str], everywhere: int, args):
+def handle_faults(faults: list[str], everywhere: int, engine, args):
     """Stops every rank if one has a row that could not be used, or says which are skipped."""
     if everywhere and args.on_bad_record == "stop":
-        fault = faults[0] if faults else "a row of another process could not be used"
-        raise ValueError(f"{fault} (`python data.py check` lists all such rows, --on_bad_record "
-                         "skip goes on without them)")
+        engine.agree([f"{fault} (`python data.py check` lists all such rows, --on_bad_record "
+                      "skip goes on without them)" for fault in faults])
     for fault in faults:
         tqdm.write(f"skipped: {fault}", file=sys.stderr)  # from any rank
 
@@ -974,12 +1095,12 @@ def since_best(progress: dict) -> int:
     return len(losses) - 1 - losses.index(min(losses)) if losses else 0
 
 
-def check_finite(what: str, value: float, progress: dict, window: list[dict], rows):
+def check_finite(what: str, value: float, progress: dict, window: list[dict], rows, engine):
     """Stops the run, before anything is saved, and names the records of the window."""
     if not math.isfinite(value):
-        found = [rows.where(i) for batch in window for i in batch["rows"] if i >= 0]
-        raise ValueError(f"step {progress['step'] + 1}: the {what} is {value}; its records: "
-                         f"{'; '.join(found)}. The last checkpoint stays")
+        mine = [rows.where(i) for batch in window for i in batch["rows"] if i >= 0]
+        raise Agreed(f"step {progress['step'] + 1}: the {what} is {value}; its records: "
+                     f"{'; '.join(engine.gather(mine))}. The last checkpoint stays")
 
 
 def training_mode(model):
@@ -997,7 +1118,7 @@ def open_rows(args, source: Path):
             path, args.image_folder, source, args.version, args.image_aspect_ratio,
             args.model_max_length, "skip", text))
         if path and args.on_bad_record == "stop" and (fault := sets[-1][0]["fault"]):
-            handle_faults([fault], 1, args)  # a look at one row, before anything is written
+            handle_faults([fault], 1, Alone(), args)  # a look at one row, before any is written
     return text, *sets
 
 
@@ -1014,27 +1135,31 @@ def evaluate_only(args) -> int:
     report(0, metrics, answers)
     if out:
         out.mkdir(parents=True, exist_ok=True)
-        tell = open_reporter(args.report_to, args, secrets.token_hex(8), -1)
-        publish(Log(out, -1, 0), tell, 0, metrics, answers, rows)
+        tell, attempt = open_reporter(args.report_to, args, secrets.token_hex(8), -1), Attempts()
+        publish(Log(out, -1, 0, attempt), tell, 0, metrics, answers, rows)
+        Alone().agree(attempt.faults)
     return 0
 
 
-def train(args, stop: StopRequest) -> int:
-    """Trains, or goes on training; 0 when it is done, 3 when it was asked to stop."""
+def train(args, config: dict | None, stop: StopRequest) -> int:
+    """Trains, or goes on training, with DeepSpeed's `config` or alone; 0 when it is done, 3 when it
+    was asked to stop.
+    """
     torch.manual_seed(args.seed)
     device, out = "cuda" if torch.cuda.is_available() else "cpu", Path(args.output_dir)
     source = llava.resolve(args.model_name_or_path)
-    run_id, checkpoint = open_run(args)
+    run_id, found = open_run(args)
     if (out / "final").is_dir():
         print(f"{out}: this run is complete")
         return 0
     text, train_set, eval_set = open_rows(args, source)
-    model = load_model(args, source, device)
+    stage = config["zero_optimization"]["stage"] if config else 0
+    model = load_model(args, source, device, stage)
     torch.manual_seed(args.seed + int(os.environ["RANK"]))  # each rank drops out differently
     collate = data.Collator(model.config.image_token_id, model.tokens_per_picture)
     if args.gradient_checkpointing:
         model.language_model.gradient_checkpointing_enable({"use_reentrant": False})
-    engine = (ZeRO if args.deepspeed else Plain)(model, args)
+    engine = ZeRO(model, args, config) if config else Plain(model, args)
 
     # The arithmetic of batches and steps.
     rows, accumulation = train_set.records, args.gradient_accumulation_steps
@@ -1048,7 +1173,7 @@ def train(args, stop: StopRequest) -> int:
     total_steps = math.ceil(steps_per_epoch * args.num_train_epochs)
     total_steps = args.max_steps if args.max_steps > 0 else total_steps
     warmup_steps = math.ceil(args.warmup_ratio * total_steps)
-    describe(model, args, steps_per_epoch, total_steps, len(rows), engine.world)
+    describe(model, args, steps_per_epoch, total_steps, len(rows), engine.world, stage)
     trial = Trial(steps_of(0), rows.lengths, total_steps, device) if args.dry_run else None
     if trial:
         steps_of, eval_set, args.save_steps = lambda epoch: trial.plan, None, -1
@@ -1057,15 +1182,16 @@ def train(args, stop: StopRequest) -> int:
     # The run begins, or goes on.
     progress = {"run": run_id, "world": engine.world, "step": 0, "skipped": 0, "cut": 0,
                 "evaluations": []}  # step and loss of each
-    if checkpoint:
-        progress = load_checkpoint(engine, checkpoint, run_id)
-        print(f"going on from {checkpoint}")
+    if found:
+        progress = load_checkpoint(engine, found, run_id)
+    begins_at, attempt = progress["step"] if found else -1, Attempts()
     if engine.rank == 0 and not (out / "run.json").exists() and not trial:
-        out.mkdir(parents=True, exist_ok=True)
-        replace_file(out / "run.json", json.dumps({"id": run_id, "args": vars(args)}, indent=2))
+        run = json.dumps({"id": run_id, "args": vars(args)}, indent=2)
+        attempt(os.makedirs, out, exist_ok=True)
+        attempt(replace_file, run, out / "run.json")
+    log = Log(out, begins_at, 1 if trial else engine.rank, attempt)
+    engine.agree(attempt.faults)
     stop.watch(out)
-    begins_at = progress["step"] if checkpoint else -1
-    log = Log(out, begins_at, 1 if trial else engine.rank)
     quiet = trial or engine.rank > 0
     tell = open_reporter("none" if quiet else args.report_to, args, run_id, begins_at)
     bar = Progress(total_steps, progress["step"], engine.rank)
@@ -1089,15 +1215,13 @@ def train(args, stop: StopRequest) -> int:
     def save(name):
         state = engine.state()  # on every rank: it gathers
         if engine.rank == 0:
-            save_result(model, args, text, state, out / name, source)
+            attempt(save_result, model, args, text, state, source, out / name)
+        engine.agree(attempt.faults)
 
-    def add_adapter(folder):
-        if args.train_type == "use_lora":
-            state = engine.state(frozen=False)  # on every rank: it gathers
-            if engine.rank == 0:
-                save_adapter(model, text, state, folder, source)
+    def write_adapter(state, folder):
+        save_adapter(model, text, state, folder, source)
 
-    if eval_set and not checkpoint:
+    if eval_set and not found:
         validate()
     while not over() and not stopping:
         epoch, start = divmod(progress["step"], steps_per_epoch)
@@ -1110,13 +1234,17 @@ def train(args, stop: StopRequest) -> int:
             began = time.perf_counter()
             window = [next(batches) for _ in range(accumulation)]
             waited, faults = time.perf_counter() - began, take_faults(window)
-            supervised, tokens, padded_tokens, count, skipped, cut, stopping = engine.all_reduce(
+            (supervised, tokens, padded_tokens, count, skipped, cut, stopping,
+             failed) = engine.all_reduce(
                 sum((batch["labels"] >= 0).sum().item() for batch in window),
                 sum(sum(batch["lengths"]) for batch in window),
                 sum(batch["labels"].numel() for batch in window),
                 sum(row >= 0 for batch in window for row in batch["rows"]),
-                len(faults), sum(batch["cut"] for batch in window), stop.requested())
-            handle_faults(faults, skipped, args)
+                len(faults), sum(batch["cut"] for batch in window), stop.requested(),
+                len(attempt.faults))
+            if failed:
+                engine.agree(attempt.faults)
+            handle_faults(faults, skipped, engine, args)
             progress["skipped"] += int(skipped)
             progress["cut"] += int(cut)
 
@@ -1126,12 +1254,12 @@ def train(args, stop: StopRequest) -> int:
                 engine.backward(loss * engine.world / max(supervised, 1), i == accumulation - 1)
                 sums += torch.stack([loss.detach(), right])
             loss, right = (x / max(supervised, 1) for x in engine.all_reduce(*sums.tolist()))
-            check_finite("loss", loss, progress, window, rows)
+            check_finite("loss", loss, progress, window, rows, engine)
             if first_window:
-                first_window = first_window.check()  # None: once is enough
+                first_window = first_window.check(engine)  # None: once is enough
             factor = schedule(progress["step"], total_steps, warmup_steps, args.lr_scheduler_type)
             grad_norm = engine.step(factor)
-            check_finite("norm of the gradient", grad_norm, progress, window, rows)
+            check_finite("norm of the gradient", grad_norm, progress, window, rows, engine)
             progress["step"] += 1
 
             step, seconds = progress["step"], time.perf_counter() - began
@@ -1156,7 +1284,8 @@ def train(args, stop: StopRequest) -> int:
             if step == steps_per_epoch and progress["skipped"] + progress["cut"]:
                 tqdm.write(f"{progress['skipped']} rows were skipped, {progress['cut']} cut short")
             if stopping or args.save_steps > 0 and step % args.save_steps == 0:
-                save_checkpoint(engine, out, progress, args.save_total_limit, add_adapter)
+                save_checkpoint(engine, out, progress, args.save_total_limit, attempt,
+                                write_adapter if args.train_type == "use_lora" else None)
             if stopping or over():
                 break
     bar.bar.close()
@@ -1264,6 +1393,8 @@ def parse(argv) -> argparse.Namespace:
         help="figures, answers and the sheet also go there; WANDB_MODE=offline needs no account")
     # many processes
     add("--deepspeed", help="ds_zero2.json or ds_zero3.json")
+    add("--offload", choices=list(OFFLOADED), default="none",
+        help="to the host's memory: the optimizer, or (with ds_zero3.json) the weights too")
     add("--local_rank", type=int, default=-1, help="set by the deepspeed launcher")
     for name, (same, _) in LLAVA_FLAGS.items():
         add(name, nargs="?", const="True", default=same, help=argparse.SUPPRESS)
@@ -1284,6 +1415,8 @@ def parse(argv) -> argparse.Namespace:
         parser.error("--report_to needs --output_dir")
     if args.early_stopping_patience and not args.validation_data_path:
         parser.error("--early_stopping_patience needs --validation_data_path")
+    if args.offload != "none" and not args.deepspeed:
+        parser.error(f"--offload {args.offload} needs --deepspeed ds_zero2.json, or ds_zero3.json")
     if args.eval_only and args.deepspeed:
         parser.error("--eval_only is for one process: leave --deepspeed out")
     _, published, micro, version = TRAIN_TYPES[args.train_type or "freeze_vision"]
@@ -1327,8 +1460,6 @@ def start_processes(args):
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if args.deepspeed:
-        if not Path(args.deepspeed).is_file():
-            raise FileNotFoundError(f"--deepspeed {args.deepspeed}: no such file")
         import deepspeed
         deepspeed.init_distributed()
     elif os.environ["WORLD_SIZE"] != "1":
@@ -1340,12 +1471,14 @@ def main(argv=None) -> int:
     transformers_logging.set_verbosity_error()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
+        config = deepspeed_config(args) if args.deepspeed else None
         start_processes(args)
         with StopRequest() as stop, open(os.devnull, "w") as quiet:
             with contextlib.redirect_stdout(sys.stdout if os.environ["RANK"] == "0" else quiet):
-                return evaluate_only(args) if args.eval_only else train(args, stop)
+                return evaluate_only(args) if args.eval_only else train(args, config, stop)
     except (ValueError, OSError) as error:
-        print(f"train.py: {error}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0" or not isinstance(error, Agreed):
+            print(f"train.py: {error}", file=sys.stderr)
         return 2
     except RuntimeError as error:
         if not re.search("out of memory|can't allocate memory", str(error)):
