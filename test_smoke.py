@@ -3934,7 +3934,7 @@ def test_many_processes_equal_one(
     )  # fmt: skip
     assert statuses == [0] * ranks, output
     tolerance = 1e-3 if bf16 else 1e-5
-    close = {"rel": tolerance} if bf16 else {"abs": tolerance}
+    close = {"rel": 2 * tolerance} if bf16 else {"abs": tolerance}
     assert losses_of(one) == pytest.approx(losses_of(many), **close)
     assert max(m["grad_norm"] for m in metrics_of(many) if "loss" in m) > 1  # clipped
     a, b = weights_of(one), weights_of(many)

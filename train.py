@@ -710,7 +710,7 @@ class StopRequest:
 
 def describe(model, args, steps_per_epoch: int, total_steps: int, rows: int, world: int,
              stage: int):
-    """Prints what trains, the batch arithmetic, and the memory that follows from both.
+    """Prints what trains, the batch arithmetic, and what memory of a process follows from both.
 
     ZeRO shares out among `world` processes: stage 2 what the optimizer needs, 3 the weights too.
     """
@@ -731,8 +731,8 @@ def describe(model, args, steps_per_epoch: int, total_steps: int, rows: int, wor
     masters = args.bf16 or stage > 0  # DeepSpeed has fp32 masters of fp32 weights too
     sizes = {"weights": weights, "masters": 4 * training * masters, "gradients": 4 * training,
              "moments": 8 * training}
-    print("memory of a process: " + ", ".join(
-        f"{what} {size / 2**20:,.1f} MiB" for what, size in sizes.items()), flush=True)
+    print("memory: " + ", ".join(f"{what} {size / 2**20:,.1f} MiB" for what, size in sizes.items()),
+          flush=True)
 
 
 def count_weights(model) -> list[tuple]:
