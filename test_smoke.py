@@ -5295,13 +5295,20 @@ def test_every_command_of_the_readme_runs(world, tmp_path, monkeypatch, capsys):
     for source, name in (
         (vision, "openai/clip-vit-large-patch14-336"),
         (text, "Qwen/Qwen1.5-4B-Chat"),
+        (text, "lmsys/vicuna-7b-v1.5"),
         (world / "llava", "llava-hf/llava-1.5-7b-hf"),
     ):
         shutil.copytree(source, tmp_path / name)
     shutil.copytree(world / "images", tmp_path / "images")
     shutil.make_archive(str(tmp_path / "images"), "zip", world / "images")
     shutil.copy(world / "images" / "1.png", tmp_path / "photo.jpg")
-    for name, source in (("chat", "captions"), ("instruct", "rows"), ("validation", "rows")):
+    for name, source in (
+        ("chat", "captions"),
+        ("blip_laion_cc_sbu_558k", "captions"),
+        ("instruct", "rows"),
+        ("llava_v1_5_mix665k", "rows"),
+        ("validation", "rows"),
+    ):
         shutil.copy(world / f"{source}.json", tmp_path / f"{name}.json")
     write_vqa(tmp_path, "train2014", ASKED)
     for name in ("OpenEnded_mscoco_train2014_questions", "mscoco_train2014_annotations"):
@@ -5326,6 +5333,8 @@ def test_every_command_of_the_readme_runs(world, tmp_path, monkeypatch, capsys):
             ]
         if "chat" in argv:
             argv += ["--max_new_tokens", "2"]
+        if "toy" in argv:
+            argv += ["--scenes", "8"]
         if "okvqa" in argv:
             argv += ["--val_fraction", "0.3"]  # of 10 pictures
         if file == "bench.py":  # what it was asked for, less of it, and the last flag counts
