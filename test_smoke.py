@@ -3451,6 +3451,21 @@ def test_vqa_accuracy_counts_matches_in_what_leaves_one_answer_out():
         assert train.vqa_accuracy("A frog", people) == pytest.approx(sum(by_hand) / 10)
 
 
+def test_kinds_and_answers_that_are_not_what_ours_mean_are_passed_over(world, tmp_path):
+    rows = json.loads((world / "captions.json").read_text())[:6]
+    for r, answers in zip(rows, (["a"] * 10, ["a"] * 4, ["a"] * 3, [{"answer": "a"}] * 10, "a", 7)):
+        r |= {"answers": answers, "kinds": [answers] if answers == "a" else answers}
+    rows[0]["conversations"] *= 2
+    rows[0]["conversations"][2] = {"from": "human", "value": "And?"}
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    rows = data.open_dataset(tmp_path / "rows.json", world / "images", world / "llava")
+    questions = train.Questions(rows, 6)
+    found = [questions.expected(j) for j in range(7)]
+    assert [a["row"] for a in found] == [0, 0, 1, 2, 3, 4, 5]
+    assert [a.get("answers") for a in found] == [None, None, ["a"] * 4, None, None, None, None]
+    assert [a.get("kind") for a in found] == [None, None, None, None, None, "a", None]
+
+
 @pytest.fixture(scope="session")
 def overfitting(world, tmp_path_factory):
     """Flags of a run whose validation loss turns up: first it learns how answers look, which helps, then to be sure of

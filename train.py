@@ -421,7 +421,8 @@ class Questions(Dataset):
         at = [n for n, turn in enumerate(turns) if turn["role"] == "assistant"]
         kinds, answers = strings(row, "kinds"), strings(row, "answers")
         more = {"kind": kinds[k]} if len(kinds) == len(at) else {}
-        more |= {"answers": answers} if answers and len(at) == 1 else {}
+        if len(at) == 1 and len(answers) > 3:  # of fewer, three others could never agree
+            more["answers"] = answers
         return {"row": i, "id": row.get("id"), "question": turns[at[k] - 1]["content"],
                 "answer": turns[at[k]]["content"].strip(), **more}
 
