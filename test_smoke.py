@@ -3774,10 +3774,16 @@ def test_reports_go_to_tensorboard_or_wandb(world, tmp_path, monkeypatch, kind):
         def log(self, figures, step):
             told.extend((name, name, value, step) for name, value in figures.items())
 
-    module.SummaryWriter = Writer
-    module.init = lambda **options: Run()
+    def no_account(**options):
+        raise module.Error("No API key configured.\nUse `wandb login`.")
+
+    module.SummaryWriter, module.Error, module.init = Writer, KeyError, no_account
     module.Table = module.Image = lambda *args: args
     monkeypatch.setitem(sys.modules, "wandb" if kind == "wandb" else "torch.utils.tensorboard", module)
+    if kind == "wandb":
+        status, _, error = run(world, tmp_path / "none", **flags)
+        assert status == 2 and error.count("\n") == 1 and "WANDB_MODE=offline" in error
+    module.init = lambda **options: Run()
     assert run(world, tmp_path / "a", **flags)[0] == 0
     scalars = {(name, step): value for _, name, value, step in (t for t in told if len(t) == 4)}
     for m in metrics_of(tmp_path / "a"):

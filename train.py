@@ -865,8 +865,12 @@ def open_reporter(kind: str, args, run_id: str, step: int):
             writer.flush()
     elif kind == "wandb":
         import wandb
-        run = wandb.init(project="llava", name=out.name, dir=out, id=run_id, resume="allow",
-                         config=vars(args))
+        try:
+            run = wandb.init(project="llava", name=out.name, dir=out, id=run_id, resume="allow",
+                             config=vars(args))
+        except wandb.Error as error:
+            raise ValueError(f"--report_to wandb: {llava.one_line(error)} (WANDB_MODE=offline "
+                             "needs no account)") from None
         columns = ["id", "question", "answer", "prediction", "right"]
 
         def tell(step, figures, answers=(), sheet=None):
