@@ -797,9 +797,10 @@ class Progress:
                         bar_format="{n_fmt}/{total_fmt} {remaining} {desc}")
 
     def show(self, m: dict, log: bool):
-        text = (f"loss {m['loss']:.3f} lr {m['lr']:.0e} {m['tokens_per_s'] / 1000:.1f}k/s "
+        speed, peak = (f"{x:.{int(x < 10)}f}" for x in (m["tokens_per_s"] / 1000, m["peak_gib"]))
+        text = (f"loss {m['loss']:.3f} lr{m['lr']:.0e} {speed}k/s "
                 f"sup{m['supervised']:.0%} pad{m['padded']:.0%} wait{m['waiting']:.0%} "
-                f"mfu{m['mfu']:.0%} {m['peak_gib']:.1f}G")
+                f"mfu{m['mfu']:.0%} {peak}G")
         self.bar.set_description_str(text, refresh=False)
         self.bar.update()
         if log and self.bar.disable:
