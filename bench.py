@@ -390,7 +390,7 @@ def bench(args, work: Path) -> dict:
             found["runs"].append({"job": job, **run(job)})
             found["table"] = summarise(found["runs"], rate)
             if args.json:
-                train.replace_file(Path(args.json), json.dumps(found, indent=1))
+                train.replace_file(json.dumps(found, indent=1), Path(args.json))
     print(f"{found['machine']}; {args.dtype}, {rate / 1e9:,.0f} GFLOP/s in products of matrices")
     show(found["table"])
     return found
