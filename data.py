@@ -42,7 +42,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jinja2.exceptions import TemplateError
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer
@@ -73,18 +72,28 @@ class PictureTransform:
     def from_pretrained(cls, folder: str | Path, aspect_ratio: str | None = None):
         """As a model folder's processor files say; `aspect_ratio` overrides theirs."""
         for name in ("preprocessor_config.json", "processor_config.json"):
-            if (path := Path(folder) / name).is_file():
+            if not (path := Path(folder) / name).is_file():
+                continue
+            try:
                 config = json.loads(path.read_text())
                 config = config.get("image_processor", config)
-                if "image_mean" in config:
-                    break
-        else:
-            raise FileNotFoundError(f"{folder}: no preprocessor_config.json, which says how "
-                                    "pictures are prepared")
-        size = config.get("crop_size") or config["size"]
-        size = size if isinstance(size, int) else size.get("height", size.get("shortest_edge"))
-        own = "pad" if config.get("do_pad") else "square"
-        return cls(size, config["image_mean"], config["image_std"], aspect_ratio or own)
+                if "image_mean" not in config:
+                    continue
+                size = config.get("crop_size") or config["size"]
+                if not isinstance(size, int):
+                    size = size.get("height") or size["shortest_edge"]
+                pads, crops = config.get("do_pad"), config.get("do_center_crop", True)
+                made = cls(size, config["image_mean"], config["image_std"],
+                           aspect_ratio or ("pad" if pads else "square"))
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise ValueError(f"{path}: does not say how pictures are prepared "
+                                 f"({error!r})") from None
+            if not pads and not (crops and config.get("crop_size")):
+                raise ValueError(f"{path}: pictures are neither padded (do_pad) nor cropped "
+                                 "(crop_size), which is how they become square here")
+            return made
+        raise FileNotFoundError(f"{folder}: no preprocessor_config.json, which says how pictures "
+                                "are prepared")
 
     def __call__(self, image: Image.Image) -> np.ndarray:
         """(3, size, size) float32, normalised."""
@@ -167,7 +176,9 @@ class Pictures:
         return at if at >= 0 and self.names[at] == name else -1
 
     def read(self, name: str, at_most: int | None = None) -> bytes:
-        """A file's bytes, or its first; FileNotFoundError, or ValueError if the zip is damaged."""
+        """A file's bytes, or what its first `at_most` hold; FileNotFoundError, or ValueError if the
+        zip is damaged, or packed as few are.
+        """
         if self.archive is None:
             try:
                 with open(self.path / name, "rb") as file:
@@ -178,6 +189,9 @@ class Pictures:
         if (at := self.find(name)) < 0:
             raise FileNotFoundError(f"picture {name}: not in {self.path}")
         offset, size, method, crc = self.entries[at].tolist()
+        if method not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise ValueError(f"picture {name} in {self.path}: packed by method {method}; zip it "
+                             "with deflate, or without compression")
         try:
             # A local header is 30 bytes and two strings, whose lengths are its last two fields.
             strings = struct.unpack("<2H", os.pread(self.archive, 30, offset)[26:])
@@ -319,7 +333,7 @@ class ChatText:
         try:
             return self.tokenizer.apply_chat_template(
                 messages, chat_template=self.template, tokenize=False, add_generation_prompt=prompt)
-        except (TemplateError, TypeError) as error:
+        except Exception as error:  # a template is a program
             raise ValueError(f"the chat template refuses this conversation: {error}") from None
 
     def layout(self, messages: list[dict], prompt: bool = False) -> tuple[str, list[int]]:
@@ -339,10 +353,13 @@ class ChatText:
                     raise ValueError("the chat template's generation prompt does not begin its "
                                      "rendering of an answer: name another with --version v1")
                 end = self.control.search(text, len(before))
-                if not end or not text[len(before):end.start()].rstrip().endswith(content):
+                if not end:
                     raise ValueError("the chat template puts no end token behind an answer, so the "
                                      "model would never learn to stop: name another with "
                                      "--version v1")
+                if not text[len(before):end.start()].rstrip().endswith(content):
+                    raise ValueError("the chat template changes an answer, or puts no end token "
+                                     "behind it: name another with --version v1")
                 edges += [len(before), end.end()]
             elif content not in text:
                 raise ValueError(f"the chat template drops the {message['role']} turn: remove it, "
@@ -361,7 +378,7 @@ class ChatText:
             whole = self.encode(text[:end])
             if whole[:len(ids)] == ids:
                 ids = whole
-            else:  # a token would straddle the edge
+            else:  # a token would straddle the edge: the rest by itself, as if in mid-text
                 ids = ids + self.encode(self.CUT + text[start:end])[len(self.encode(self.CUT)):]
             labels += ids[len(labels):] if k % 2 else [IGNORE] * (len(ids) - len(labels))
             start = end
@@ -403,15 +420,15 @@ def parse_record(row: dict) -> tuple[list[dict], list[str]]:
         raise ValueError('expected {"id", "image", "conversations": [{"from": "human" or "gpt", '
                          '"value": "..."}, ...]}')
     for turn in turns:
-        if turn.get("from") not in list(ROLES):
+        if turn.get("from") not in list(ROLES):  # a list takes what has no hash, too
             raise ValueError(f'"from": {turn.get("from")!r} is no role: use human and gpt (and '
                              "system, first)")
     messages = [{"role": ROLES[t["from"]], "content": t["value"]} for t in turns]
     first = int(bool(messages) and messages[0]["role"] == "system")
     for i, message in enumerate(messages[first:]):
         if message["role"] != ("user", "assistant")[i % 2]:
-            raise ValueError(f"turn {i + 1} is {turns[first + i]['from']}'s: human and gpt must "
-                             "alternate, human first")
+            raise ValueError(f"turn {first + i + 1} is {turns[first + i]['from']}'s: human and gpt "
+                             "must alternate, human first")
     if messages and messages[-1]["role"] == "user":  # a question without an answer teaches nothing
         messages.pop()
     if len(messages) == first:
@@ -448,6 +465,8 @@ def read_rows(path: Path):
             yield from read_list(content.decode(json.detect_encoding(content), "surrogatepass"))
     except (ValueError, RecursionError) as error:  # or not UTF-8, or beyond Python's limits
         line, reason = line + getattr(error, "lineno", 1), getattr(error, "msg", error)
+        if isinstance(error, UnicodeDecodeError) and path.suffix != ".jsonl":
+            line += content.count(b"\n", 0, error.start)
         raise ValueError(f"{path}: line {line}: not JSON rows ({reason})") from None
 
 
@@ -582,7 +601,11 @@ def open_dataset(data_path, image_folder, model_folder, version="own", aspect_ra
     """The rows of a file as a model's folder wants them: its template, its pictures, its counts."""
     if not (Path(model_folder) / "config.json").is_file():
         raise FileNotFoundError(f"--model_name_or_path {model_folder}: no config.json there")
-    config = AutoConfig.from_pretrained(model_folder)
+    try:
+        config = AutoConfig.from_pretrained(model_folder)
+    except Exception as error:  # its checks, too, raise nearly anything
+        raise ValueError(f"--model_name_or_path {model_folder}/config.json: "
+                         f"{' '.join(str(error).split())}") from None
     if config.model_type != "llava":
         raise ValueError(f"--model_name_or_path {model_folder}: not a LLaVA folder, but "
                          f"{config.model_type}: make one with `model.py build`")
@@ -627,7 +650,8 @@ class Collator:
 
 
 def plan_epoch(lengths, has_picture, global_batch: int, seed: int, epoch: int, by_modality: bool):
-    """The rows of each optimizer step: (steps, global_batch) int64, longest first, -1 for none.
+    """The rows of each optimizer step: (steps, global_batch) int64, each with its
+    longest row first, -1 for none.
 
     A function of its arguments alone, so ranks, restarts and other splits into micro-batches agree.
     With `by_modality` a step has rows of one kind (with pictures, or without), of similar length.
@@ -928,7 +952,7 @@ class Check(torch.utils.data.Dataset):
             faults.append(f"{self.records.where(i)}: {error}")
 
     def look_at(self, name: str):
-        """Raises what training would: ValueError or FileNotFoundError."""
+        """Raises what training would, as far as it looks: ValueError or FileNotFoundError."""
         if not self.full:
             with contextlib.suppress(Exception):  # a longer header, or a fault: see it all
                 return Image.open(io.BytesIO(self.pictures.read(name, at_most=2**16)))
@@ -1001,7 +1025,7 @@ def vqa_rows(questions: str, annotations: str, pictures: Pictures) -> list[dict]
         int(q["question_id"]), int(q["image_id"]), q["question"].strip()))
     _, given = read_vqa(annotations, "annotations", lambda a: (
         int(a["question_id"]), [answer["answer"].strip() for answer in a["answers"]]))
-    given, split = dict(given), content.get("data_subtype")  # as train2014: COCO's folder, too
+    given, split = dict(given), str(content["data_subtype"])  # as train2014: COCO's folder, too
     rows, missing = [], []
     for number, image, question in asked:
         if not given.get(number):
@@ -1062,7 +1086,7 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}\n")
 
 
-def main(argv=None) -> int:
+def parse(argv):
     parser = Parser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("toy", help="write the built-in data")
@@ -1079,7 +1103,8 @@ def main(argv=None) -> int:
         command.add_argument("--version", choices=VERSIONS, default="own", help="the template")
         command.add_argument("--model_max_length", type=int, default=2048,
                              help="tokens of a row, pictures included")
-    command.add_argument("--full", action="store_true", help="decode each picture whole")
+    commands.choices["check"].add_argument("--full", action="store_true",
+                                           help="decode each picture whole")
     command = commands.choices["show"]
     command.add_argument("--image_aspect_ratio", choices=["pad", "square"])
     command.add_argument("--index", type=int, default=0, help="which row, from 0")
@@ -1094,7 +1119,11 @@ def main(argv=None) -> int:
     command.add_argument("--val_fraction", type=float, default=0.05,
                          help="share of the pictures whose questions go into validation.json")
     command.add_argument("--seed", type=int, default=0, help="of which pictures these are")
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv=None) -> int:
+    args = parse(argv)
     try:
         if args.command == "toy":
             if args.scenes < 1:
@@ -1109,7 +1138,7 @@ def main(argv=None) -> int:
         else:
             return int(check_files(args) > 0)
     except (ValueError, OSError) as error:
-        print(f"data.py: {error}", file=sys.stderr)
+        print(f"data.py: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0
 

@@ -247,10 +247,11 @@ def resolve(name: str | Path, hint: str = "--model_name_or_path") -> Path:
     if Path(name).is_dir():
         return Path(name)
     if not re.fullmatch(r"[\w-]+/[\w.-]+", str(name)) or Path(name).parent.is_dir():
-        raise FileNotFoundError(f"{hint} {name}: no such folder, nor a hub id like owner/name")
+        raise FileNotFoundError(f"{hint} {name}: no such folder here, nor a hub id like owner/name")
     try:
         return Path(snapshot_download(
-            str(name), ignore_patterns=["*.msgpack", "*.h5", "*.ot", "*.md"]))
+            str(name), ignore_patterns=["*.msgpack", "*.h5", "*.ot", "*.md", "*.pth", "*.gguf",
+                                        "original/*", "onnx/*"]))
     except OSError as error:
         raise FileNotFoundError(f"{hint} {name}: no such folder, and the hub does not give it: "
                                 f"{one_line(error)}") from None
@@ -617,6 +618,8 @@ def write_processor(vision_folder: Path, config: LlavaConfig, aspect_ratio: str,
     tower, found = config.vision_config, vision_folder / "preprocessor_config.json"
     size = tower.image_size
     given = read_json(found) if found.is_file() else {}
+    if "image_mean" not in given and tower.model_type != "clip_vision_model":
+        raise ValueError(f"{found}: names no image_mean, and only CLIP's is known")
     pictures = {
         **PROCESSORS[aspect_ratio], "do_convert_rgb": True, "do_resize": True,
         "size": {"shortest_edge": size},
@@ -715,16 +718,12 @@ def give_sight(tower):
 
 def reply(model: Llava, text, messages: list[dict], pixels: list, **options) -> str:
     """The answer to a conversation [{role, content}] whose pictures are `pixels` [(3, S, S)]."""
-    from data import Collator
-
-    ids = torch.tensor(text.ids_and_labels(messages, prompt=True)[0])
-    row = {"row": 0, "cut": 0, "fault": None, "input_ids": ids, "labels": ids,
-           "pixel_values": torch.stack(pixels) if pixels else torch.zeros(0)}
-    batch = Collator(model.config.image_token_id, model.tokens_per_picture)([row])
     device = next(model.parameters()).device
-    ids = batch["input_ids"].to(device)  # (1, T)
-    new = model.generate(ids, batch["pixel_values"].to(device), torch.ones_like(ids), text.stop_ids,
-                         **options)
+    ids = torch.tensor(text.ids_and_labels(messages, prompt=True)[0], device=device)
+    times = torch.where(ids == model.config.image_token_id, model.tokens_per_picture, 1)
+    ids = ids.repeat_interleave(times)[None]  # (1, T)
+    pictures = torch.stack(pixels).to(device) if pixels else torch.zeros(0, device=device)
+    new = model.generate(ids, pictures, torch.ones_like(ids), text.stop_ids, **options)
     return text.tokenizer.decode(new[0], skip_special_tokens=True).strip()
 
 
@@ -842,6 +841,9 @@ def main(argv=None) -> int:
         if args.command == "chat":
             chat(args)
         elif args.tiny:
+            if args.vision_tower or args.language_model:
+                raise ValueError("--tiny makes both parts: leave --vision_tower and "
+                                 "--language_model out")
             from data import toy_words
             build_tiny(args.out, toy_words())
         elif args.vision_tower and args.language_model:

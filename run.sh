@@ -12,7 +12,7 @@
 # A step that is done is not done again, and one that was interrupted goes on where it was. SIGTERM, SIGINT and
 # SIGUSR1 make the run save and end, with status 3; a job that SLURM warns with SIGUSR1 is queued again.
 #
-# Environment variables (none: the built-in recipe):
+# Environment variables (none: the built-in recipe); relative paths start at this folder:
 #
 #   VISION_TOWER       CLIP's folder or hub id, as openai/clip-vit-large-patch14-336
 #   LANGUAGE_MODEL     the language model's folder or hub id, as Qwen/Qwen1.5-4B-Chat
@@ -30,7 +30,7 @@
 #   HOSTFILE           DeepSpeed's list of machines, lines as "node1 slots=8", reached by ssh, without SLURM
 #   PRETRAIN_ARGS      further flags of train.py for stage 1, as "--per_device_train_batch_size 8"
 #   FINETUNE_ARGS      further flags of train.py for stage 2
-#   OUT                where everything goes (out)
+#   OUT                where everything goes (out; of the built-in recipe out/builtin)
 
 set -euo pipefail
 here=$(dirname "${BASH_SOURCE[0]}")
@@ -99,19 +99,23 @@ train() {
   fi
   [ -n "$caught" ] || [ "$status" != 0 ] || return 0
   rm -f "$out/stop"
-  if [ "$caught" = USR1 ] && [ -n "${SLURM_JOB_ID:-}" ]; then scontrol requeue "$SLURM_JOB_ID"; fi
+  if [ -n "${SLURM_JOB_ID:-}" ] && [[ $caught$status = USR1[03] ]]; then scontrol requeue "$SLURM_JOB_ID"; fi
   exit "$((status > 0 ? status : 3))"
 }
 
 real() {
-  local model=${MODEL:-$OUT/model}
+  local model=${MODEL:-$OUT/model} parts=${VISION_TOWER:-}+${LANGUAGE_MODEL:-}+${VERSION:-own}
   if [ -z "${MODEL:-}" ] && [ ! -d "$model" ]; then
-    python model.py build --vision_tower "$VISION_TOWER" --language_model "$LANGUAGE_MODEL" \
-      --version "${VERSION:-own}" --out "$model"
+    python model.py build --vision_tower "${VISION_TOWER:?set it, or MODEL}" \
+      --language_model "${LANGUAGE_MODEL:?set it, or MODEL}" --version "${VERSION:-own}" --out "$model"
+    echo "$parts" > "$OUT/model.txt"
+  elif [ -z "${MODEL:-}" ] && [ "$parts" != "$(cat "$OUT/model.txt" 2>/dev/null)" ]; then
+    echo "run.sh: $model is not of $parts: name another OUT" >&2
+    exit 2
   fi
   if [ -n "${PRETRAIN_DATA:-}" ]; then
     train "$OUT/stage1" --model_name_or_path "$model" --train_type projector --data_path "$PRETRAIN_DATA" \
-      --image_folder "$PRETRAIN_IMAGES" ${PRETRAIN_ARGS:-}
+      --image_folder "${PRETRAIN_IMAGES:?set it: the pictures of PRETRAIN_DATA}" ${PRETRAIN_ARGS:-}
     model=$OUT/stage1/final
   fi
   if [ -n "${FINETUNE_DATA:-}" ]; then
@@ -120,7 +124,7 @@ real() {
       ${VALIDATION_DATA:+--validation_data_path "$VALIDATION_DATA"} --bits "${BITS:-16}" ${FINETUNE_ARGS:-}
     model=$OUT/stage2/final
   fi
-  echo "the model is in $model"
+  echo "the result: $model"
 }
 
 summary() {
@@ -164,21 +168,20 @@ builtin() {
   launch=(python train.py)
   local toy=$OUT/toy log=1
   [ -t 2 ] || log=50
-  local common="--image_folder $toy/images --dataloader_num_workers 1 --logging_steps $log
-    --eval_samples 16 --max_new_tokens 24 --save_steps 200 --save_total_limit 1
-    --gradient_checkpointing False"
+  local common=(--image_folder "$toy/images" --dataloader_num_workers 1 --logging_steps "$log" --eval_samples 16
+    --max_new_tokens 24 --save_steps 200 --save_total_limit 1 --gradient_checkpointing False)
   [ -d "$toy" ] || python data.py toy --out "$toy"
   [ -d "$OUT/model" ] || python model.py build --tiny --out "$OUT/model"
   train "$OUT/reading" --train_type freeze_vision --model_name_or_path "$OUT/model" \
     --data_path "$toy/reading.json" --validation_data_path "$toy/reading_validation.json" \
-    --per_device_train_batch_size 16 --learning_rate 3e-3 $common
+    --per_device_train_batch_size 16 --learning_rate 3e-3 "${common[@]}"
   train "$OUT/stage1" --train_type projector --model_name_or_path "$OUT/reading/final" \
     --data_path "$toy/captions.json" --validation_data_path "$toy/captions_validation.json" \
-    --per_device_train_batch_size 8 --learning_rate 2e-3 $common
+    --per_device_train_batch_size 8 --learning_rate 2e-3 "${common[@]}"
   train "$OUT/stage2" --train_type full --model_name_or_path "$OUT/stage1/final" \
     --data_path "$toy/train.json" --validation_data_path "$toy/train_validation.json" \
     --per_device_train_batch_size 4 --learning_rate 2e-3 --mm_vision_tower_lr 5e-4 \
-    --group_by_modality_length $common
+    --group_by_modality_length "${common[@]}"
   for rows in train_validation train_shuffled; do
     [ -d "$OUT/$rows" ] || python train.py --eval_only --model_name_or_path "$OUT/stage2/final" \
       --validation_data_path "$toy/$rows.json" --image_folder "$toy/images" --eval_samples -1 \
@@ -191,7 +194,8 @@ help() {
   sed -n '/^# Sets up/,/^$/ s/^# \{0,1\}//p' run.sh  # the text above
 }
 
-OUT=${OUT:-out}
+given=${MODEL:-}${VISION_TOWER:-}${LANGUAGE_MODEL:-}${PRETRAIN_DATA:-}${FINETUNE_DATA:-}
+if [ -n "$given" ]; then OUT=${OUT:-out}; else OUT=${OUT:-out/builtin}; fi
 case "${1:-recipe}" in
   help) help ;;
   test)
@@ -202,7 +206,6 @@ case "${1:-recipe}" in
     python -m pytest -q -p no:cacheprovider -o markers=long -m "$marks" test_smoke.py "$@" ;;
   recipe)
     setup
-    if [ -n "${MODEL:-}${VISION_TOWER:-}${LANGUAGE_MODEL:-}${PRETRAIN_DATA:-}${FINETUNE_DATA:-}" ]
-    then choose_launch; real; else builtin; fi ;;
+    if [ -n "$given" ]; then choose_launch; real; else builtin; fi ;;
   *) help >&2; exit 2 ;;
 esac

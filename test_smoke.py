@@ -528,6 +528,8 @@ def test_saved_template_takes_strings_and_parts_with_equal_ids(template, tmp_pat
         (NO_PREFIX, "generation prompt does not begin .* --version v1"),
         (None, "no chat template: .* --version v1"),
         ("{{ messages[0].content.nothing.at_all }}", "the chat template refuses"),
+        ("{{ 1 / 0 }}", "the chat template refuses"),
+        (CHATML.replace("message['content']", "message['content'] | replace('A', '')"), "changes an answer"),
         (
             "{% for m in messages %}{{ m.role + ': ' + m.content }}{{ '</s>' if loop.last and m.role != 'user' else '\n' }}{% endfor %}"
             "{{ 'assistant: ' if add_generation_prompt else '' }}",
@@ -810,6 +812,37 @@ def test_what_is_no_picture_is_one_clear_error():  # trap 32
         assert "\n" not in str(error.value) and "0x" not in str(error.value)
 
 
+@pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_zip_that_is_packed_as_few_are_says_so(tmp_path, method):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w", method) as archive:
+        archive.writestr("a.png", encoded(noise(9, 9)))
+    with pytest.raises(ValueError, match=f"packed by method {method}; zip it with deflate"):
+        data.Pictures(tmp_path / "a.zip").read("a.png")
+
+
+PROCESSOR = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+
+
+@pytest.mark.parametrize(
+    "content, error",
+    [
+        ("[]", "does not say how"),
+        ("{", "does not say how"),
+        (PROCESSOR | {"crop_size": 14, "image_std": "x"}, "does not say how"),
+        (PROCESSOR, "does not say how"),
+        (PROCESSOR | {"size": {"longest_edge": 14}}, "does not say how"),
+        (PROCESSOR | {"size": {"height": 14, "width": 14}}, "neither padded .* nor cropped"),
+        (PROCESSOR | {"crop_size": 14, "do_center_crop": False}, "neither padded .* nor cropped"),
+        ({"size": 14}, "no preprocessor_config.json, which"),
+    ],
+)
+def test_processor_files_of_other_kinds_are_refused_in_one_line(tmp_path, content, error):
+    content = content if isinstance(content, str) else json.dumps(content)
+    (tmp_path / "preprocessor_config.json").write_text(content)
+    with pytest.raises((ValueError, FileNotFoundError), match=error):
+        PictureTransform.from_pretrained(tmp_path)
+
+
 def test_zip_is_read_as_the_folder_is(tmp_path):
     (tmp_path / "folder" / "deep").mkdir(parents=True)
     files = {
@@ -976,6 +1009,7 @@ def test_records_come_back_as_they_were(tmp_path):  # trap 33
         ("a.json", "[" * 100_000, "not JSON"),
         ("a.json", "[1" + "0" * 5000 + "]", "not JSON"),
         ("a.json", b"[\xff]", "not JSON"),
+        ("a.json", b'[{},\n{},\n{"id": "\xff"}]', "a.json: line 3: not JSON"),
     ],
 )
 def test_broken_file_names_the_line(tmp_path, name, content, error):
@@ -5022,6 +5056,7 @@ def shell(tmp_path):
             ["bash", script],
             env=kept | {"OUT": str(tmp_path / "out")} | environment,
             start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's jobs ignore it
             cwd=tmp_path,
             stdout=subprocess.PIPE,
             text=True,
@@ -5139,6 +5174,17 @@ def test_a_signal_reaches_the_run_as_the_file_stop_alone_and_a_warned_job_is_que
     args = [launched(words)[1] for words in calls("deepspeed")]
     assert [Path(a.output_dir).name for a in args] == ["stage1", "stage1", "stage2"]
     assert all(a.resume_from_checkpoint == "latest" for a in args)
+
+
+def test_another_tower_in_the_same_folder_and_a_missing_variable_are_refused(shell, tmp_path):
+    start, calls = shell
+    (tmp_path / "out/model").mkdir(parents=True)
+    (tmp_path / "out/model.txt").write_text("clip+qwen+own\n")
+    parts = {"VISION_TOWER": "siglip", "LANGUAGE_MODEL": "qwen"}
+    assert start(**parts).wait() == 2
+    assert start(VISION_TOWER="clip", LANGUAGE_MODEL="qwen").wait() == 0
+    assert start(PRETRAIN_DATA="a.json", OUT=str(tmp_path / "new")).wait() == 1  # no tower
+    assert not (tmp_path / "new").exists()
 
 
 def test_help_names_every_variable_that_run_sh_reads_and_an_unknown_command_shows_it():
