@@ -499,22 +499,25 @@ def copy_side_files(source: Path, target: Path):
             shutil.copyfile(path, target / path.name)
 
 
-def remove_folder(folder: Path):
-    """Deletes a folder so that, cut short, it is not mistaken for a whole one: renamed first."""
-    gone = folder.with_name(folder.name + ".old")
-    shutil.rmtree(gone, ignore_errors=True)
-    folder.rename(gone)
-    shutil.rmtree(gone)
+def open_model(folder: Path, adapter, bits: int, dtype, device, quant_storage=torch.uint8) -> Llava:
+    """The model of a folder, with its decoder in 4 bits and with an adapter, where asked for."""
+    import lora
+
+    quantize = functools.partial(
+        lora.quantize, target_modules=DECODER, compute_dtype=dtype or torch.float32, device=device,
+        quant_storage=quant_storage)
+    model = from_pretrained(folder, dtype, device, quantize if bits == 4 else None)
+    if adapter:
+        lora.load(model, adapter, folder, transformers_name)
+    return model
 
 
-def replace_folder(part: Path, out: Path):
-    """Renames `part`, written whole, to `out`, whose earlier content goes away."""
-    gone = out.with_name(out.name + ".old")
-    shutil.rmtree(gone, ignore_errors=True)
-    if out.exists():
-        out.rename(gone)
-    part.rename(out)  # at once: deleting the old one takes its time
-    shutil.rmtree(gone, ignore_errors=True)
+def open_tokenizer(folder: Path, adapter=None):
+    """The tokenizer of a folder, with the template that an adapter was trained with."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if adapter and (path := Path(adapter) / "chat_template.jinja").is_file():
+        tokenizer.chat_template = path.read_text()
+    return tokenizer
 
 
 # --- commands ---
@@ -735,27 +738,6 @@ def load_picture(file: str, transform):
         return torch.from_numpy(transform(decode_picture(Path(file).read_bytes(), file)))
     except FileNotFoundError:
         raise FileNotFoundError(f"--image {file}: no such file") from None
-
-
-def open_model(folder: Path, adapter, bits: int, dtype, device, quant_storage=torch.uint8) -> Llava:
-    """The model of a folder, with its decoder in 4 bits and with an adapter, where asked for."""
-    import lora
-
-    quantize = functools.partial(
-        lora.quantize, target_modules=DECODER, compute_dtype=dtype or torch.float32, device=device,
-        quant_storage=quant_storage)
-    model = from_pretrained(folder, dtype, device, quantize if bits == 4 else None)
-    if adapter:
-        lora.load(model, adapter, folder, transformers_name)
-    return model
-
-
-def open_tokenizer(folder: Path, adapter=None):
-    """The tokenizer of a folder, with the template that an adapter was trained with."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    if adapter and (path := Path(adapter) / "chat_template.jinja").is_file():
-        tokenizer.chat_template = path.read_text()
-    return tokenizer
 
 
 def chat(args):

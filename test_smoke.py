@@ -3610,7 +3610,7 @@ def test_the_best_model_and_patience_survive_a_kill(
     log = b"".join(log).decode()
     assert max(len(line) for line in log.split("\n")) <= 80, log
     assert "\r" not in log and b"\r" not in (tmp_path / "stderr").read_bytes()
-    rename, count = llava.replace_folder, []
+    rename, count = train.replace_folder, []
 
     def die_at_the_third(part, out):
         if out.name == "best":
@@ -3620,7 +3620,7 @@ def test_the_best_model_and_patience_survive_a_kill(
             raise Killed
         rename(part, out)
 
-    monkeypatch.setattr(llava, "replace_folder", die_at_the_third)
+    monkeypatch.setattr(train, "replace_folder", die_at_the_third)
     again = overfitting | {"resume_from_checkpoint": "latest"}
     with pytest.raises(Killed):
         run(world, tmp_path / "b", **again)

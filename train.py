@@ -117,7 +117,7 @@ def save_result(model, args, text, state: dict, source: Path, out: Path):
     else:  # `plain` is for training only: it leaves the folder's template as it is
         llava.save_pretrained(
             model, part, source, text.chat_template, state, args.image_aspect_ratio)
-    llava.replace_folder(part, out)
+    replace_folder(part, out)
 
 
 def schedule(step: int, total_steps: int, warmup_steps: int, kind: str) -> float:
@@ -590,9 +590,9 @@ def publish_checkpoint(progress: dict, limit: int, target: Path):
     files = {str(path.relative_to(part)): path.stat().st_size
              for path in sorted(part.rglob("*.pt"))}
     replace_file(json.dumps({**progress, "files": files}), part / "progress.json")
-    llava.replace_folder(part, target)
+    replace_folder(part, target)
     for old in checkpoints(target.parent)[:-limit] if limit > 0 else []:
-        llava.remove_folder(old)
+        remove_folder(old)
 
 
 def damage(folder: Path, rank: int, world: int) -> list[str]:
@@ -639,6 +639,24 @@ def load_checkpoint(engine, folders: list[Path], run_id: str) -> dict:
     torch.cuda.set_rng_state_all(rng["cuda"])
     print(f"going on from {folder}")
     return progress
+
+
+def remove_folder(folder: Path):
+    """Deletes a folder so that, cut short, it is not mistaken for a whole one: renamed first."""
+    gone = folder.with_name(folder.name + ".old")
+    shutil.rmtree(gone, ignore_errors=True)
+    folder.rename(gone)
+    shutil.rmtree(gone)
+
+
+def replace_folder(part: Path, out: Path):
+    """Renames `part`, written whole, to `out`, whose earlier content goes away."""
+    gone = out.with_name(out.name + ".old")
+    shutil.rmtree(gone, ignore_errors=True)
+    if out.exists():
+        out.rename(gone)
+    part.rename(out)  # at once: deleting the old one takes its time
+    shutil.rmtree(gone, ignore_errors=True)
 
 
 def replace_file(text: str, path: Path):
@@ -1081,6 +1099,15 @@ def loader(dataset, batches: list, collate, args, device) -> DataLoader:
                       pin_memory=device == "cuda")
 
 
+def numbers_of(window: list[dict]) -> tuple:
+    """Supervised tokens, tokens, the same with padding, rows, rows cut short."""
+    return (sum((batch["labels"] >= 0).sum().item() for batch in window),
+            sum(sum(batch["lengths"]) for batch in window),
+            sum(batch["labels"].numel() for batch in window),
+            sum(row >= 0 for batch in window for row in batch["rows"]),
+            sum(batch["cut"] for batch in window))
+
+
 def take_faults(batches: list[dict]) -> list[str]:
     """Why rows of these batches could not be used."""
     return [fault for batch in batches for fault in batch["faults"]]
@@ -1240,14 +1267,8 @@ def train(args, config: dict | None, stop: StopRequest) -> int:
             began = time.perf_counter()
             window = [next(batches) for _ in range(accumulation)]
             waited, faults = time.perf_counter() - began, take_faults(window)
-            (supervised, tokens, padded_tokens, count, skipped, cut, stopping,
-             failed) = engine.all_reduce(
-                sum((batch["labels"] >= 0).sum().item() for batch in window),
-                sum(sum(batch["lengths"]) for batch in window),
-                sum(batch["labels"].numel() for batch in window),
-                sum(row >= 0 for batch in window for row in batch["rows"]),
-                len(faults), sum(batch["cut"] for batch in window), stop.requested(),
-                len(attempt.faults))
+            supervised, tokens, padded, count, cut, skipped, stopping, failed = engine.all_reduce(
+                *numbers_of(window), len(faults), stop.requested(), len(attempt.faults))
             if failed:
                 engine.agree(attempt.faults)
             handle_faults(faults, skipped, engine, args)
@@ -1274,7 +1295,7 @@ def train(args, config: dict | None, stop: StopRequest) -> int:
                 "token_accuracy": right, "lr": args.learning_rate * factor,
                 "grad_norm": grad_norm, "tokens_per_s": tokens / seconds,
                 "samples_per_s": count / seconds, "supervised": supervised / tokens,
-                "padded": 1 - tokens / padded_tokens, "waiting": waited / seconds,
+                "padded": 1 - tokens / padded, "waiting": waited / seconds,
                 "mfu": sum(count_flops(model, weights, batch) for batch in window) / seconds / rate,
                 "peak_gib": peak_gib(device)}
             eval_steps = args.eval_steps if args.eval_steps > 0 else steps_per_epoch
