@@ -524,7 +524,8 @@ class Records:
 
     def where(self, i: int) -> str:
         row = self[i]
-        return f"{self.path}: row {i}" + (f" (id {row.get('id')})" if isinstance(row, dict) else "")
+        name = f" (id {row.get('id')})" if isinstance(row, dict) else ""
+        return f"{self.path}: row {i}{name.encode('utf-8', 'backslashreplace').decode()}"
 
 
 # --- rows and batches ---
@@ -615,6 +616,9 @@ def open_dataset(data_path, image_folder, model_folder, version="own", aspect_ra
     tokens_per_picture -= config.vision_feature_select_strategy == "default"
     records, pictures = open_files(data_path, image_folder, tokens_per_picture)
     text = text or ChatText(AutoTokenizer.from_pretrained(model_folder), version)
+    if text.image_token_id != config.image_token_id:
+        raise ValueError(f"{model_folder}: {IMAGE} is {text.image_token_id} for the tokenizer, but "
+                         f"{config.image_token_id} in config.json")
     transform = PictureTransform.from_pretrained(model_folder, aspect_ratio)
     return LlavaDataset(records, pictures, text, transform, tokens_per_picture, max_length,
                         on_bad_record)
@@ -834,7 +838,7 @@ def toy(out: Path, scenes: int, seed: int):
     """Writes the built-in data: three sets of rows, `scenes` in the largest, each with a held-out
     one of 160.
     """
-    if out.exists():
+    if os.path.lexists(out):
         raise ValueError(f"--out {out}: exists already; name a new folder")
     part = out.with_name(out.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
@@ -1047,7 +1051,7 @@ def vqa_rows(questions: str, annotations: str, pictures: Pictures) -> list[dict]
 def okvqa(args):
     """Writes train.json and validation.json; no picture is in both."""
     out, pictures = Path(args.out), Pictures(args.image_folder)
-    if out.exists():
+    if os.path.lexists(out):
         raise ValueError(f"--out {out}: exists already; name a new folder")
     if not len(args.questions) == len(args.annotations) <= 2:
         raise ValueError("--questions and --annotations take one file each, or two: to train on, "
@@ -1061,7 +1065,7 @@ def okvqa(args):
                              f"{args.questions[0]}, too")
     else:
         random.Random(args.seed).shuffle(names)
-        held_out = set(names[:max(0, round(len(names) * args.val_fraction))])
+        held_out = set(names[:max(0, round(len(names) * min(args.val_fraction, 1)))])
     rows = train + sum(more, [])
     train, validation = ([row for row in rows if (row["image"] in held_out) == held]
                          for held in (False, True))

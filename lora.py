@@ -29,6 +29,7 @@ import functools
 import hashlib
 import json
 import math
+import os
 import re
 import shutil
 import sys
@@ -248,6 +249,19 @@ DEFAULTS = {  # PEFT's, for what a config leaves out, and ours
     "target_modules": [], "modules_to_save": None, "base_model_name_or_path": None,
     "quantized": [], "base_fingerprint": None,
 }  # fmt: skip
+def are_names(value):
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
+RIGHT = {
+    "r": lambda r: type(r) is int and r > 0,
+    "lora_alpha": lambda alpha: type(alpha) in (int, float) and math.isfinite(alpha),
+    "lora_dropout": lambda p: type(p) in (int, float) and 0 <= p < 1,
+    "use_rslora": lambda flag: type(flag) is bool,
+    "target_modules": lambda names: isinstance(names, str) or are_names(names),
+    "modules_to_save": lambda names: names is None or are_names(names),
+    "quantized": are_names,
+}  # fmt: skip
 PLAIN = {  # Variants of LoRA whose keys and shapes do not give them away, and what excludes them.
     "peft_type": ["LORA"],
     "init_lora_weights": [None, True, False, "gaussian"],  # PiSSA, LoftQ and such change the base
@@ -351,9 +365,9 @@ def read_adapter(folder, shapes, base, rename):
         if config.get(key) not in values:
             raise ValueError(f"{folder / CONFIG}: {key} {config.get(key)} is not offered")
     config = DEFAULTS | {key: value for key, value in config.items() if value is not None}
-    for key in ("r", "lora_alpha", "lora_dropout"):
-        if not isinstance(config[key], (int, float)):
-            raise ValueError(f"{folder / CONFIG}: {key} {config[key]!r} is not a number")
+    for key, is_right in RIGHT.items():
+        if not is_right(config[key]):
+            raise ValueError(f"{folder / CONFIG}: {key} cannot be {config[key]!r}")
     config["modules_to_save"] = whole_paths(config["modules_to_save"] or [], shapes)
     tensors = read_tensors(folder / WEIGHTS)
     tensors = {rename(key.removeprefix(PREFIX)): tensor for key, tensor in tensors.items()}
@@ -461,7 +475,7 @@ def merge(base, adapter, out, rename=str, dequantize=False):
     config, adapter_tensors = read_adapter(adapter, shapes, base, rename)
     if dequantize and not config["quantized"]:
         raise ValueError(f"{adapter} was not trained over 4 bits: leave --dequantize out")
-    if out.exists():
+    if os.path.lexists(out):
         raise ValueError(f"{out} exists: name a new folder")
     partial = out.with_name(f"{out.name}.part")
     shutil.rmtree(partial, ignore_errors=True)

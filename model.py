@@ -24,6 +24,7 @@ transformers' models/llava.
 import copy
 import functools
 import json
+import os
 import pickle
 import re
 import shutil
@@ -36,7 +37,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from huggingface_hub import snapshot_download, split_torch_state_dict_into_shards
-from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.overrides import TorchFunctionMode
@@ -279,7 +279,7 @@ def read_config(folder: Path) -> PreTrainedConfig:
     read_json(folder / "config.json")
     try:
         return AutoConfig.from_pretrained(folder)
-    except (ValueError, KeyError, StrictDataclassError) as error:
+    except Exception as error:  # its checks raise nearly anything
         raise ValueError(f"{folder}/config.json: {one_line(error)}") from None
 
 
@@ -290,7 +290,9 @@ def weight_files(folder: Path) -> list[Path]:
         if (folder / stem).is_file():
             return [folder / stem]
         if index.is_file():
-            files = sorted(set(read_json(index).get("weight_map", {}).values()))
+            named = read_json(index).get("weight_map")
+            named = named.values() if isinstance(named, dict) else [named]
+            files = sorted({str(name) for name in named})
             absent = [name for name in files if not (folder / name).is_file()]
             if absent or not files:
                 raise FileNotFoundError(f"{index}: names {absent or 'no file'}; that is not there")
@@ -303,8 +305,11 @@ def open_weights(folder: Path) -> dict:
     tensors = {}
     for path in weight_files(folder):
         try:
-            tensors |= load_file(path) if path.suffix == ".safetensors" else torch.load(
+            found = load_file(path) if path.suffix == ".safetensors" else torch.load(
                 path, map_location="cpu", weights_only=True, mmap=True)
+            if not isinstance(found, dict) or not all(map(torch.is_tensor, found.values())):
+                raise EOFError("not {name: tensor}")
+            tensors |= found
         except (SafetensorError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
             raise ValueError(f"{path}: damaged, or no weights ({one_line(error)})") from None
     return tensors
@@ -397,8 +402,11 @@ def from_pretrained(folder: str | Path, dtype=None, device="cpu", quantize=None)
     if config.image_token_id >= config.text_config.vocab_size:
         raise ValueError(f"{folder}: the id of {IMAGE} is {config.image_token_id}, but there are "
                          f"{config.text_config.vocab_size} embeddings")
-    with EmptyOnMeta():
-        model = Llava(config)
+    try:
+        with EmptyOnMeta():
+            model = Llava(config)
+    except (TypeError, AttributeError, KeyError, ArithmeticError) as error:
+        raise ValueError(f"{folder}/config.json: no LLaVA can be made of it ({error!r})") from None
     load_weights(model, open_weights(folder), str(folder), dtype, quantize)
     model.to(device)
     check_head(model.language_model)
@@ -442,7 +450,7 @@ def without_path(config: dict) -> dict:
 
 
 def check_new(out: str | Path) -> Path:
-    if Path(out).exists():
+    if os.path.lexists(out):
         raise ValueError(f"{out}: exists already; name a new folder")
     return Path(out)
 
@@ -514,7 +522,10 @@ def open_model(folder: Path, adapter, bits: int, dtype, device, quant_storage=to
 
 def open_tokenizer(folder: Path, adapter=None):
     """The tokenizer of a folder, with the template that an adapter was trained with."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # it raises nearly anything
+        raise ValueError(f"{folder}: its tokenizer cannot be read ({one_line(error)})") from None
     if adapter and (path := Path(adapter) / "chat_template.jinja").is_file():
         tokenizer.chat_template = path.read_text()
     return tokenizer
@@ -550,7 +561,10 @@ def join(vision_folder: Path, text_folder: Path, kind: str, image_token_id: int,
     """The model of a CLIP folder's and a language model's weights, and a fresh projector."""
     vision_config, text_config = read_config(vision_folder), read_config(text_folder)
     vision_config = getattr(vision_config, "vision_config", vision_config)  # CLIP has a text tower
-    has_cls = TOWERS.get(vision_config.model_type)
+    if vision_config.model_type not in TOWERS:
+        raise ValueError(f"--vision_tower {vision_folder}: a {vision_config.model_type}; known are "
+                         f"{' and '.join(TOWERS)}")
+    has_cls = TOWERS[vision_config.model_type]
     tensors = {f"language_model.{name}": t for name, t in open_weights(text_folder).items()}
     tensors |= {f"vision_tower.{name}": t for name, t in open_weights(vision_folder).items()
                 if not re.match(r"text_model|text_projection|visual_projection|logit_", name)}
@@ -644,7 +658,7 @@ CHATML = ("{%- for message in messages -%}"
           "{%- endfor -%}{{ '<|im_start|>assistant\n' if add_generation_prompt else '' }}")
 
 
-def build_tiny(out: str | Path, words: list[str], seed: int = 0):
+def build_tiny(out: str | Path, words: list[str], *options, seed: int = 0):
     """A LLaVA of 344,000 parameters in the real on-disk format: CLIP's and Qwen2's architectures,
     336 pixels, 576 tokens. It stands in for models that must be downloaded. `words` is a text from
     which its tokenizer learns a vocabulary.
@@ -676,7 +690,7 @@ def build_tiny(out: str | Path, words: list[str], seed: int = 0):
             **shape, num_hidden_layers=3, image_size=336, patch_size=14))
         give_sight(getattr(tower, "vision_model", tower))
         tower.save_pretrained(f"{work}/vision")
-        build(f"{work}/vision", f"{work}/text", out)
+        build(f"{work}/vision", f"{work}/text", out, *options)
 
 
 @torch.no_grad()
@@ -744,6 +758,9 @@ def chat(args):
     """One answer on stdout with --prompt; else a conversation, its words printed as they come."""
     from data import ChatText, PictureTransform
 
+    if not 0 <= args.temperature <= 100 or not 0 < args.top_p <= 1:
+        raise ValueError(f"--temperature {args.temperature} --top_p {args.top_p}: a temperature is "
+                         "from 0 to 100, top_p above 0, to 1")
     folder, cuda = resolve(args.model_name_or_path), torch.cuda.is_available()
     dtype, device = (torch.bfloat16, "cuda") if cuda else (None, "cpu")
     model = open_model(folder, args.adapter, args.bits, dtype, device).eval()
@@ -822,15 +839,16 @@ def main(argv=None) -> int:
     try:
         if args.command == "chat":
             chat(args)
-        elif args.tiny:
+            return 0
+        options = args.mm_projector_type, args.version, args.image_aspect_ratio
+        if args.tiny:
             if args.vision_tower or args.language_model:
                 raise ValueError("--tiny makes both parts: leave --vision_tower and "
                                  "--language_model out")
             from data import toy_words
-            build_tiny(args.out, toy_words())
+            build_tiny(args.out, toy_words(), *options)
         elif args.vision_tower and args.language_model:
-            build(args.vision_tower, args.language_model, args.out, args.mm_projector_type,
-                  args.version, args.image_aspect_ratio)
+            build(args.vision_tower, args.language_model, args.out, *options)
         else:
             raise ValueError("build needs --vision_tower and --language_model, or --tiny")
     except (ValueError, OSError) as error:

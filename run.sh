@@ -108,7 +108,7 @@ real() {
   if [ -z "${MODEL:-}" ] && [ ! -d "$model" ]; then
     python model.py build --vision_tower "${VISION_TOWER:?set it, or MODEL}" \
       --language_model "${LANGUAGE_MODEL:?set it, or MODEL}" --version "${VERSION:-own}" --out "$model"
-    echo "$parts" > "$OUT/model.txt"
+    mkdir -p "$OUT" && echo "$parts" > "$OUT/model.txt"
   elif [ -z "${MODEL:-}" ] && [ "$parts" != "$(cat "$OUT/model.txt" 2>/dev/null)" ]; then
     echo "run.sh: $model is not of $parts: name another OUT" >&2
     exit 2

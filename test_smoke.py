@@ -2370,6 +2370,17 @@ FAULTS = {  # what is changed in config.json, or done to the folder > what the o
     "damaged": (lambda f: os.truncate(f / "model.safetensors", 5000), "model.safetensors"),
     "damaged bin": (lambda f: instead(f, "pytorch_model.bin", "damaged"), "pytorch_model.bin"),
     "broken index": (lambda f: instead(f, "model.safetensors.index.json", "[]"), "index.json"),
+    "odd index": (
+        lambda f: instead(f, "model.safetensors.index.json", '{"weight_map": [1]}'),
+        "index.json",
+    ),
+    "bin of numbers": (
+        lambda f: instead(f, "pytorch_model.bin", "") or torch.save({"a": 1}, f / "pytorch_model.bin"),
+        "pytorch_model.bin",
+    ),
+    "odd config": (dict(text_config=5), "config.json"),
+    "no heads": (dict(vision_config={"model_type": "clip_vision_model", "num_attention_heads": 0}), "config.json"),
+    "odd tokenizer": (lambda f: (f / "tokenizer_config.json").write_text("[]"), "tokenizer"),
     "absent shard": (
         lambda f: instead(f, "model.safetensors.index.json", '{"weight_map": {"a": "gone"}}'),
         "gone",
@@ -2401,6 +2412,10 @@ def test_commands_refuse_bad_arguments_and_leave_nothing_behind(good, tmp_path, 
     assert "--vision_tower" in refused(capsys, "build", "--out", new)
     assert "nowhere" in refused(capsys, *command, new, "--vision_tower", tmp_path / "nowhere")
     assert "vit" in refused(capsys, *command, new, "--vision_tower", text / "vit")
+    assert "a qwen2; known are" in refused(capsys, *command, new, "--vision_tower", text)
+    assert "--tiny" in refused(capsys, *command, new, "--tiny")
+    (text / "dangling").symlink_to(text / "nowhere")
+    assert "exists" in refused(capsys, *command, text / "dangling")
     (vision / "model.safetensors").unlink()
     assert "model.safetensors" in refused(capsys, *command, new)
     (text / "chat_template.jinja").unlink()
@@ -2411,6 +2426,8 @@ def test_commands_refuse_bad_arguments_and_leave_nothing_behind(good, tmp_path, 
     (tmp_path / "no.png").write_text("no picture")
     command = ["chat", "--model_name_or_path", good[0], "--prompt", "What is <image>?"]
     assert "<image>" in refused(capsys, *command)
+    for flags in (["--temperature", "-1"], ["--temperature", "inf"], ["--top_p", "0"]):
+        assert "a temperature is from 0 to 100" in refused(capsys, *command, *flags)
     assert "no.png" in refused(capsys, *command, "--image", tmp_path / "no.png")
     assert "gone.png" in refused(capsys, *command, "--image", tmp_path / "gone.png")
     assert "no/such" in refused(capsys, "chat", "--model_name_or_path", "no/such")
@@ -2954,6 +2971,13 @@ DAMAGES = {
         a, lambda t: t.update({Q.format("A").replace("0.self_attn.q_proj", "7.x"): torch.ones(4)})),
     r"q_proj.lora_A.weight is \(4, 65\), but \(4, 64\) for this base": lambda a: edit_tensors(
         a, lambda t: t.update({Q.format("A"): torch.zeros(4, 65)})),
+    "r cannot be 4.0": lambda a: edit_config(a, r=4.0),
+    "lora_alpha cannot be nan": lambda a: edit_config(a, lora_alpha=float("nan")),
+    "lora_dropout cannot be 5": lambda a: edit_config(a, lora_dropout=5),
+    "use_rslora cannot be 'no'": lambda a: edit_config(a, use_rslora="no"),
+    "target_modules cannot be 5": lambda a: edit_config(a, target_modules=5),
+    "modules_to_save cannot be .*list": lambda a: edit_config(a, modules_to_save=[["list"]]),
+    "quantized cannot be 5": lambda a: edit_config(a, quantized=5),
     "alpha_pattern .* is not offered": lambda a: edit_config(a, alpha_pattern={"q_proj": 2}),
     "init_lora_weights pissa is not offered": lambda a: edit_config(a, init_lora_weights="pissa"),
     "peft_type IA3 is not offered": lambda a: edit_config(a, peft_type="IA3"),

@@ -1385,7 +1385,7 @@ def parse(argv) -> argparse.Namespace:
     add("--lora_dropout", type=share, default=0.05, help="share of its inputs that is dropped")
     add("--lora_target_modules", default=llava.DECODER, help="regular expression on whole paths")
     add("--use_rslora", **flag, default=False, help="alpha / sqrt(r) instead of alpha / r")
-    add("--num_train_epochs", type=number(float, 1e-6), default=1.0, help="passes over the rows")
+    add("--num_train_epochs", type=number(float, 1e-6, 1e6), default=1.0, help="passes over rows")
     add("--max_steps", type=int, default=-1, help="optimizer steps; -1: as the epochs say")
     add("--per_device_train_batch_size", type=count, help="rows of a micro-batch")
     add("--gradient_accumulation_steps", type=count, default=1, help="micro-batches of a step")
