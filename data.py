@@ -181,6 +181,8 @@ class Pictures:
         """
         if self.archive is None:
             try:
+                if (self.path / name).is_fifo():
+                    raise ValueError("a pipe")
                 with open(self.path / name, "rb") as file:
                     return file.read(at_most)
             except (OSError, ValueError) as error:
@@ -615,7 +617,12 @@ def open_dataset(data_path, image_folder, model_folder, version="own", aspect_ra
     tokens_per_picture += vision.model_type == "clip_vision_model"
     tokens_per_picture -= config.vision_feature_select_strategy == "default"
     records, pictures = open_files(data_path, image_folder, tokens_per_picture)
-    text = text or ChatText(AutoTokenizer.from_pretrained(model_folder), version)
+    if not text:
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(model_folder)
+        except Exception as error:  # as above
+            raise ValueError(f"{model_folder}: its tokenizer cannot be read ({error!r})") from None
+        text = ChatText(tokenizer, version)
     if text.image_token_id != config.image_token_id:
         raise ValueError(f"{model_folder}: {IMAGE} is {text.image_token_id} for the tokenizer, but "
                          f"{config.image_token_id} in config.json")
@@ -976,7 +983,7 @@ def check(rows: Check, max_length: int) -> int:
                 figures.append(np.array(numbers, np.int32))
                 count += len(faults)
                 for fault in faults:
-                    bar.write(fault)
+                    bar.write(fault.encode("utf-8", "backslashreplace").decode())
             bar.update(len(batch))
     turns, pictures, tokens, kept, supervised = np.array(figures).T
     print(f"rows        {len(rows):,}, {(~rows.records.has_picture).sum():,} of them text-only\n"
@@ -1027,20 +1034,25 @@ def vqa_rows(questions: str, annotations: str, pictures: Pictures) -> list[dict]
     """
     content, asked = read_vqa(questions, "questions", lambda q: (
         int(q["question_id"]), int(q["image_id"]), q["question"].strip()))
-    _, given = read_vqa(annotations, "annotations", lambda a: (
-        int(a["question_id"]), [answer["answer"].strip() for answer in a["answers"]]))
-    given, split = dict(given), str(content["data_subtype"])  # as train2014: COCO's folder, too
+    _, answered = read_vqa(annotations, "annotations", lambda a: (
+        (int(a["question_id"]), int(a["image_id"])), [x["answer"].strip() for x in a["answers"]]))
+    given, split = dict(answered), str(content["data_subtype"])  # as train2014: COCO's folder, too
     rows, missing = [], []
+    if len({number for number, *_ in asked}) < len(asked) or len(given) < len(answered):
+        raise ValueError(f"{questions}, {annotations}: a question_id stands twice in one of them")
     for number, image, question in asked:
-        if not given.get(number):
-            raise ValueError(f"{annotations}: no answer to question {number} of {questions}")
+        if not given.get((number, image)):
+            raise ValueError(f"{annotations}: no answer to question {number} of {questions}, about "
+                             f"picture {image}")
+        if not question or IMAGE in question:
+            raise ValueError(f"{questions}: question {number} is {question!r}: remove it")
         name = f"COCO_{split}_{image:012d}.jpg"
         found = [place for place in (name, f"{split}/{name}") if place in pictures]
         missing += [] if found else [name]
-        answer = max(given[number], key=given[number].count)
+        answers = given[number, image]
         rows.append({"id": str(number), "image": (found or [name])[0], "conversations": [
             {"from": "human", "value": f"{IMAGE}\n{question}\n{SHORT_ANSWER}"},
-            {"from": "gpt", "value": answer}], "answers": given[number]})
+            {"from": "gpt", "value": max(answers, key=answers.count)}], "answers": answers})
     if missing:
         raise FileNotFoundError(f"{questions}: {len(missing)} of {len(rows)} questions have no "
                                 f"picture in {pictures.path}, the first {missing[0]}: get COCO's "

@@ -75,7 +75,8 @@ class LoRA(nn.Module):
         """x with some of it zero; the layers that read the same tensor get the same, drawn once.
 
         (PEFT draws for each layer. The expectation is the same, the work and the memory a third
-        less for a decoder's seven layers, which read four tensors.)
+        less for a decoder's seven layers, which read four tensors. Under ZeRO-3 each layer draws
+        its own, as DeepSpeed hands it a tensor of its own.)
         """
         dropped, users = getattr(x, "lora_dropped", (None, {self}))
         if self in users:  # the same tensor once more is another pass

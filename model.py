@@ -40,7 +40,6 @@ from huggingface_hub import snapshot_download, split_torch_state_dict_into_shard
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.overrides import TorchFunctionMode
-from torch.utils.checkpoint import checkpoint
 from transformers import (AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer,
                           GenerationConfig, LlavaConfig, PreTrainedConfig, TextStreamer)
 from transformers.utils import logging as transformers_logging
@@ -48,7 +47,6 @@ from transformers.utils import logging as transformers_logging
 IMAGE = "<image>"
 DECODER = r"language_model\.(?!lm_head).+"  # paths of the layers that LoRA adapts and 4 bits pack
 TOWERS = {"clip_vision_model": 1, "siglip_vision_model": 0}  # how many tokens CLS is
-HEAD_ROWS = 1024  # positions whose logits are in memory at a time
 EMBEDDINGS, HEAD = "language_model.model.embed_tokens.weight", "language_model.lm_head.weight"
 
 
@@ -177,20 +175,13 @@ class Llava(nn.Module):
         """The summed loss over labelled positions, and how many were predicted right; both scalars.
 
         input_ids, labels (B, T), unshifted as everywhere outside the model; a label below 0 is
-        none. The head runs where it is needed only: (S, V) logits, not (B, T, V).
+        none. The head runs where it is needed only, (S, V) logits instead of (B, T, V), and once
+        whatever S is: under ZeRO-3 a call is something that all ranks do together.
         """
         hidden = self.language_model.base_model(
             inputs_embeds=self.embed(input_ids, pixel_values), use_cache=False).last_hidden_state
         supervised = labels[:, 1:] >= 0  # position t predicts label t + 1
         hidden, targets = hidden[:, :-1][supervised], labels[:, 1:][supervised]  # (S, D), (S,)
-        parts = list(zip(hidden.split(HEAD_ROWS), targets.split(HEAD_ROWS)))
-        # Of many positions, the logits of one part at a time are in memory: made anew for backward.
-        results = [checkpoint(self.head_loss, *part, use_reentrant=False) if len(parts) > 1
-                   else self.head_loss(*part) for part in parts]
-        return tuple(map(sum, zip(*results)))
-
-    def head_loss(self, hidden, targets):
-        """The summed loss and the number predicted right: hidden (S, D), targets (S,)."""
         logits = self.language_model.get_output_embeddings()(hidden).float()  # (S, V)
         right = (logits.detach().argmax(-1) == targets).sum()
         return F.cross_entropy(logits, targets, reduction="sum"), right
@@ -758,9 +749,9 @@ def chat(args):
     """One answer on stdout with --prompt; else a conversation, its words printed as they come."""
     from data import ChatText, PictureTransform
 
-    if not 0 <= args.temperature <= 100 or not 0 < args.top_p <= 1:
+    if not (args.temperature == 0 or 0.01 <= args.temperature <= 100) or not 0 < args.top_p <= 1:
         raise ValueError(f"--temperature {args.temperature} --top_p {args.top_p}: a temperature is "
-                         "from 0 to 100, top_p above 0, to 1")
+                         "0, or from 0.01 to 100; top_p above 0, to 1")
     folder, cuda = resolve(args.model_name_or_path), torch.cuda.is_available()
     dtype, device = (torch.bfloat16, "cuda") if cuda else (None, "cpu")
     model = open_model(folder, args.adapter, args.bits, dtype, device).eval()

@@ -103,15 +103,19 @@ train() {
   exit "$((status > 0 ? status : 3))"
 }
 
+refuse() { echo "run.sh: $*" >&2; exit 2; }
+
 real() {
+  # A typo of stage 2 would else be noticed after stage 1.
+  [[ ${TRAIN_TYPE:-full} =~ ^(freeze_vision|full|use_lora)$ ]] || refuse "TRAIN_TYPE $TRAIN_TYPE: see run.sh help"
+  [[ ${BITS:-16} =~ ^(4|16)$ ]] || refuse "BITS $BITS: 4 or 16"
   local model=${MODEL:-$OUT/model} parts=${VISION_TOWER:-}+${LANGUAGE_MODEL:-}+${VERSION:-own}
   if [ -z "${MODEL:-}" ] && [ ! -d "$model" ]; then
     python model.py build --vision_tower "${VISION_TOWER:?set it, or MODEL}" \
       --language_model "${LANGUAGE_MODEL:?set it, or MODEL}" --version "${VERSION:-own}" --out "$model"
     mkdir -p "$OUT" && echo "$parts" > "$OUT/model.txt"
   elif [ -z "${MODEL:-}" ] && [ "$parts" != "$(cat "$OUT/model.txt" 2>/dev/null)" ]; then
-    echo "run.sh: $model is not of $parts: name another OUT" >&2
-    exit 2
+    refuse "$model is not of $parts: name another OUT"
   fi
   if [ -n "${PRETRAIN_DATA:-}" ]; then
     train "$OUT/stage1" --model_name_or_path "$model" --train_type projector --data_path "$PRETRAIN_DATA" \
@@ -206,6 +210,9 @@ case "${1:-recipe}" in
     python -m pytest -q -p no:cacheprovider -o markers=long -m "$marks" test_smoke.py "$@" ;;
   recipe)
     setup
-    if [ -n "$given" ]; then choose_launch; real; else builtin; fi ;;
+    if [ -n "$given" ]; then choose_launch; real
+    elif [ -n "${TRAIN_TYPE:-}${BITS:-}${VALIDATION_DATA:-}${PRETRAIN_IMAGES:-}${FINETUNE_IMAGES:-}" ]
+    then refuse "TRAIN_TYPE, BITS and the pictures need PRETRAIN_DATA or FINETUNE_DATA"
+    else builtin; fi ;;
   *) help >&2; exit 2 ;;
 esac

@@ -573,7 +573,8 @@ def save_checkpoint(engine, out: Path, progress: dict, limit: int, attempt, writ
     attempt(os.makedirs, part / "state", exist_ok=True)
     engine.agree(attempt.faults)
     engine.save(part, attempt)
-    rng = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+    rng = {"cpu": torch.get_rng_state(), "cuda": cuda}
     attempt(torch.save, rng, part / f"rng-{engine.rank}.pt")
     state = engine.state(frozen=False) if write_adapter else None  # on every rank: it gathers
     if write_adapter and engine.rank == 0:
@@ -636,7 +637,8 @@ def load_checkpoint(engine, folders: list[Path], run_id: str) -> dict:
     engine.load(folder)
     rng = torch.load(folder / f"rng-{engine.rank}.pt", weights_only=True)
     torch.set_rng_state(rng["cpu"])
-    torch.cuda.set_rng_state_all(rng["cuda"])
+    if rng["cuda"] is not None:
+        torch.cuda.set_rng_state(rng["cuda"])
     print(f"going on from {folder}")
     return progress
 
@@ -673,7 +675,8 @@ def replace_picture(picture: Image.Image, path: Path):
 
 
 def append(text: str, path: Path):
-    with open(path, "a", encoding="utf-8") as file:
+    # Half a surrogate pair is no UTF-8; so written, it is JSON's escape for it.
+    with open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
         file.write(text)
 
 
@@ -1246,7 +1249,7 @@ def train(args, config: dict | None, stop: StopRequest) -> int:
         return progress["step"] == total_steps or since_best(progress) >= patience
 
     def save(name):
-        state = engine.state()  # on every rank: it gathers
+        state = engine.state(frozen=args.train_type != "use_lora")  # on every rank: it gathers
         if engine.rank == 0:
             attempt(save_result, model, args, text, state, source, out / name)
         engine.agree(attempt.faults)
@@ -1276,7 +1279,7 @@ def train(args, config: dict | None, stop: StopRequest) -> int:
             progress["cut"] += int(cut)
 
             sums = torch.zeros(2, dtype=torch.float64, device=device)  # loss, tokens right
-            for i, batch in enumerate(window):
+            for i, batch in enumerate(window):  # `world`, as DeepSpeed averages over the ranks
                 loss, right = engine.forward(*to_device(batch, device))
                 engine.backward(loss * engine.world / max(supervised, 1), i == accumulation - 1)
                 sums += torch.stack([loss.detach(), right])
@@ -1308,15 +1311,15 @@ def train(args, config: dict | None, stop: StopRequest) -> int:
                 trial.seconds.append(seconds)
             if eval_set and (step % eval_steps == 0 or step == total_steps):
                 validate()
-            if step == steps_per_epoch and progress["skipped"] + progress["cut"]:
+            if step in (steps_per_epoch, total_steps) and progress["skipped"] + progress["cut"]:
                 tqdm.write(f"{progress['skipped']} rows were skipped, {progress['cut']} cut short")
-            if stopping or args.save_steps > 0 and step % args.save_steps == 0:
+            if not trial and (stopping or args.save_steps > 0 and step % args.save_steps == 0):
                 save_checkpoint(engine, out, progress, args.save_total_limit, attempt,
                                 write_adapter if args.train_type == "use_lora" else None)
             if stopping or over():
                 break
     bar.bar.close()
-    if trial:
+    if trial and over():
         print(trial.report(model))
         return 0
     if not over():
@@ -1382,7 +1385,8 @@ def parse(argv) -> argparse.Namespace:
     add("--adapter", help="an adapter to evaluate, or to train on from")
     add("--lora_r", type=int, default=128, help="rank")
     add("--lora_alpha", type=float, default=256, help="its output counts alpha / r times")
-    add("--lora_dropout", type=share, default=0.05, help="share of its inputs that is dropped")
+    add("--lora_dropout", type=number(float, 0, 0.99), default=0.05,
+        help="share of its inputs that is dropped")
     add("--lora_target_modules", default=llava.DECODER, help="regular expression on whole paths")
     add("--use_rslora", **flag, default=False, help="alpha / sqrt(r) instead of alpha / r")
     add("--num_train_epochs", type=number(float, 1e-6, 1e6), default=1.0, help="passes over rows")
@@ -1408,7 +1412,8 @@ def parse(argv) -> argparse.Namespace:
     add("--dry_run", **flag, default=False, help="measure memory and time, and write nothing")
     add("--per_device_eval_batch_size", type=count, default=16, help="rows of a batch")
     add("--eval_steps", type=int, default=-1, help="steps between evaluations; -1: every epoch")
-    add("--eval_samples", type=int, default=32, help="rows whose questions are asked; -1: all")
+    add("--eval_samples", type=number(int, -1), default=32,
+        help="rows whose questions are asked; -1: all")
     add("--early_stopping_patience", type=count,
         help="evaluations without a better loss before it stops; default: it never does")
     add("--max_new_tokens", type=count, default=64, help="tokens of an answer")
@@ -1431,7 +1436,7 @@ def parse(argv) -> argparse.Namespace:
             parser.error(f"{name} {value}: use {instead}")
     for name in ("validation_data_path",) if args.eval_only else ("data_path", "output_dir",
                                                                   "train_type"):
-        if getattr(args, name) is None:
+        if not getattr(args, name):
             parser.error(f"--{name} is needed")
     if (args.bits == 4 or args.adapter) and args.train_type not in (None, "use_lora"):
         parser.error(f"--train_type {args.train_type} trains the base: --bits 4 and --adapter are "
@@ -1444,6 +1449,8 @@ def parse(argv) -> argparse.Namespace:
         parser.error("--early_stopping_patience needs --validation_data_path")
     if args.offload != "none" and not args.deepspeed:
         parser.error(f"--offload {args.offload} needs --deepspeed ds_zero2.json, or ds_zero3.json")
+    if args.eval_only and (args.dry_run or args.resume_from_checkpoint):
+        parser.error("--eval_only trains nothing: leave --dry_run and --resume_from_checkpoint out")
     if args.eval_only and args.deepspeed:
         parser.error("--eval_only is for one process: leave --deepspeed out")
     _, published, micro, version = TRAIN_TYPES[args.train_type or "freeze_vision"]
@@ -1500,12 +1507,13 @@ def main(argv=None) -> int:
     try:
         config = deepspeed_config(args) if args.deepspeed else None
         start_processes(args)
-        with StopRequest() as stop, open(os.devnull, "w") as quiet:
+        catch = contextlib.nullcontext() if args.eval_only else StopRequest()
+        with catch as stop, open(os.devnull, "w") as quiet:
             with contextlib.redirect_stdout(sys.stdout if os.environ["RANK"] == "0" else quiet):
                 return evaluate_only(args) if args.eval_only else train(args, config, stop)
     except (ValueError, OSError) as error:
         if os.environ.get("RANK", "0") == "0" or not isinstance(error, Agreed):
-            print(f"train.py: {error}", file=sys.stderr)
+            print(f"train.py: {llava.one_line(error)}", file=sys.stderr)
         return 2
     except RuntimeError as error:
         if not re.search("out of memory|can't allocate memory", str(error)):
