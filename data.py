@@ -28,6 +28,7 @@ import argparse
 import collections
 import contextlib
 import functools
+import gc
 import io
 import json
 import os
@@ -151,6 +152,7 @@ class Pictures:
     def __init__(self, path: str | Path):
         self.path, self.archive = Path(path), None
         if self.path.is_file():
+            gc.disable()  # it would go through the entries again and again: a quarter of the time
             try:
                 with zipfile.ZipFile(self.path) as archive:
                     files = archive.infolist()
@@ -162,6 +164,8 @@ class Pictures:
             except Exception as error:  # zipfile, too, raises nearly anything
                 raise ValueError(f"--image_folder {path}: neither a folder nor a whole .zip "
                                  f"({error})") from None
+            finally:
+                gc.enable()
             self.archive = os.open(self.path, os.O_RDONLY)
         elif not self.path.is_dir():
             raise FileNotFoundError(f"--image_folder {path}: no such folder or .zip")
