@@ -3355,21 +3355,16 @@ def test_sigterm_saves_and_the_run_goes_on_to_the_same_end(world, tmp_path):
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
+def parsed(train_type, *more):
+    """The arguments that follow from the flags that a run cannot do without, and more."""
+    needed = "--model_name_or_path x --data_path x --output_dir x --train_type".split()
+    return train.parse([*needed, train_type, *more])
+
+
 def test_bf16_keeps_fp32_masters_and_sums(world):
     """Small gradients survive accumulation, and updates too small for bf16 are not lost."""
     model = llava.from_pretrained(world / "llava", torch.bfloat16)
-    args = train.parse(
-        [
-            "--model_name_or_path",
-            "x",
-            "--data_path",
-            "x",
-            "--output_dir",
-            "x",
-            "--train_type",
-            "projector",
-        ]
-    )
+    args = parsed("projector")
     for name, p in model.named_parameters():
         p.requires_grad_(name == "multi_modal_projector.linear_1.weight")
     engine = train.Plain(model, args)
@@ -4529,23 +4524,7 @@ def test_flags_of_llavas_scripts_are_taken_where_they_change_nothing(capsys):
 
 def test_published_defaults():
     """facts: LLaVA-1.5's scripts."""
-
-    def of(kind, *more):
-        return train.parse(
-            [
-                "--model_name_or_path",
-                "x",
-                "--data_path",
-                "x",
-                "--output_dir",
-                "x",
-                "--train_type",
-                kind,
-                *more,
-            ]
-        )
-
-    args = of("projector", "--local_rank=3")  # trap 41: the launcher's flag
+    args = parsed("projector", "--local_rank=3")  # trap 41: the launcher's flag
     assert (args.learning_rate, args.version, args.warmup_ratio, args.weight_decay) == (
         1e-3,
         "plain",
@@ -4558,7 +4537,7 @@ def test_published_defaults():
         1.0,
     )
     assert args.per_device_train_batch_size == 32 and not args.gradient_checkpointing
-    args = of("use_lora")
+    args = parsed("use_lora")
     assert (args.learning_rate, args.mm_projector_lr, args.lora_r, args.lora_alpha) == (
         2e-4,
         2e-5,
@@ -4566,7 +4545,7 @@ def test_published_defaults():
         256,
     )
     assert args.per_device_train_batch_size == 16 and args.gradient_checkpointing
-    args = of("freeze_vision", "--mm_projector_lr", "1e-4", "--bf16")
+    args = parsed("freeze_vision", "--mm_projector_lr", "1e-4", "--bf16")
     assert (args.learning_rate, args.mm_projector_lr, args.mm_vision_tower_lr, args.bf16) == (
         2e-5,
         1e-4,
@@ -4590,22 +4569,10 @@ def test_deepspeed_files_leave_the_batch_to_the_flags(tmp_path):
     """
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
-    argv = [
-        "--model_name_or_path",
-        "x",
-        "--data_path",
-        "x",
-        "--output_dir",
-        "x",
-        "--train_type",
-        "full",
-        "--bf16",
-        "True",
-    ]
     for stage in (2, 3):
         file = HERE / f"ds_zero{stage}.json"
         assert "auto" not in file.read_text()
-        config = train.deepspeed_config(train.parse([*argv, "--deepspeed", str(file)]))
+        config = train.deepspeed_config(parsed("full", "--bf16", "True", "--deepspeed", str(file)))
         assert (
             config["gradient_clipping"] == 1.0
             and config["bf16"]["enabled"]
@@ -4618,7 +4585,7 @@ def test_deepspeed_files_leave_the_batch_to_the_flags(tmp_path):
             json.dumps({**json.loads(file.read_text()), "gradient_clipping": 2})
         )
         with pytest.raises(ValueError, match="gradient_clipping"):
-            train.deepspeed_config(train.parse([*argv, "--deepspeed", str(tmp_path / "bad.json")]))
+            train.deepspeed_config(parsed("full", "--bf16", "True", "--deepspeed", str(tmp_path / "bad.json")))
 
 
 def test_flops_are_those_of_the_closed_form(world):
