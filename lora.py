@@ -96,7 +96,7 @@ class Drop(torch.autograd.Function):
     def forward(ctx, x, p):
         bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device)
         bits = bits.random_(-(2**63), None).view(torch.int16)[: x.numel()].view(x.shape)
-        keep = (bits >= round(2**16 * p) - 2**15).to(torch.int8)
+        keep = (bits >= round(2**16 * p) - 2**15).view(torch.int8)
         ctx.save_for_backward(keep)
         return keep.to(x.dtype).mul_(x)  # a product with a boolean takes twice as long
 
@@ -107,9 +107,9 @@ class Drop(torch.autograd.Function):
 
 
 class AddProduct(torch.autograd.Function):
-    """y + scale * B A x, with as few passes over y, and as little kept, as there can be: x and A x.
+    """Adds scale * B A x to y, in place: one pass over it, and only x and A x are kept.
 
-    x is kept once for all layers that read it.
+    x is kept once for all layers that read it. (No linear layer needs its output y again.)
     """
 
     @staticmethod
@@ -117,7 +117,9 @@ class AddProduct(torch.autograd.Function):
         h = x.reshape(-1, x.shape[-1]) @ A.T  # (tokens, r)
         ctx.save_for_backward(x, h, A, B)
         ctx.scale = scale
-        return torch.addmm(y.reshape(-1, y.shape[-1]), h, B.T, alpha=scale).view(y.shape)
+        ctx.mark_dirty(y)
+        y.view(-1, y.shape[-1]).addmm_(h, B.T, alpha=scale)
+        return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable

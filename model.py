@@ -116,12 +116,54 @@ class SwiGLU(torch.autograd.Function):
         return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
 
 
+class RMSNorm(torch.autograd.Function):
+    """x / sqrt(mean(x^2) + eps) * weight, computed in fp32, keeping only x for the backward pass.
+
+    Autograd by itself keeps x and the normalised x in fp32 too, for each norm and token.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        ctx.save_for_backward(x, weight)
+        ctx.eps = eps
+        return F.rms_norm(x, weight.shape, weight, eps)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        (x, weight), wide = ctx.saved_tensors, torch.promote_types(grad.dtype, torch.float32)
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)  # of D numbers
+        scale = torch.rsqrt(norm.square() / x.shape[-1] + ctx.eps)
+        normed, dweight = x.to(wide, copy=True).mul_(scale), None
+        if ctx.needs_input_grad[1]:
+            dweight = (grad * normed).flatten(0, -2).sum(0).to(weight.dtype)
+        slope = grad.to(wide, copy=True).mul_(weight)
+        along = (slope * normed).mean(-1, keepdim=True)  # the part that normalising takes out
+        return slope.sub_(normed.mul_(along)).mul_(scale).to(x.dtype), dweight, None
+
+
 GATED = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 
 
 def gated_mlp(self, x):
     """What transformers' MLPs of Llama's kind compute, by SwiGLU."""
     return self.down_proj(SwiGLU.apply(self.gate_proj(x), self.up_proj(x)))
+
+
+def rms_norm(self, x):
+    """What transformers' norms of Llama's kind compute, by RMSNorm."""
+    return RMSNorm.apply(x, self.weight, self.variance_epsilon)
+
+
+def keep_less(language_model):
+    """Has a decoder of Llama's kind compute the same with less kept for the backward pass."""
+    for module in language_model.modules():
+        parts = {name: type(part).__name__ for name, part in module.named_children()}
+        if parts.keys() == GATED and parts["act_fn"] in ("SiLU", "SiLUActivation"):
+            module.forward = types.MethodType(gated_mlp, module)
+        # Gemma's, which multiply by 1 + weight, have no variance_epsilon.
+        if type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):
+            module.forward = types.MethodType(rms_norm, module)
 
 
 class Llava(nn.Module):
@@ -140,10 +182,7 @@ class Llava(nn.Module):
             getattr(config, "mm_projector_type", "mlp2x_gelu"), config.vision_config.hidden_size,
             config.text_config.hidden_size)
         self.language_model = AutoModelForCausalLM.from_config(config.text_config)
-        for module in self.language_model.modules():
-            parts = {name: type(part).__name__ for name, part in module.named_children()}
-            if parts.keys() == GATED and parts["act_fn"] in ("SiLU", "SiLUActivation"):
-                module.forward = types.MethodType(gated_mlp, module)
+        keep_less(self.language_model)
         # Greedy is greedy: nothing that a folder suggests (sampling, penalties) applies unasked.
         self.language_model.generation_config = GenerationConfig()
         self.aside, self.disk_dtypes = {}, {}
