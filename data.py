@@ -27,7 +27,6 @@ clip/clip.py).
 import argparse
 import collections
 import contextlib
-import functools
 import gc
 import io
 import json
@@ -748,14 +747,14 @@ class ToyWorld:
         return "{number} {size} {colour} {shape}{ending} in the {position}".format(
             ending=ending, **scene)
 
-    def draw_scene(self, scene: dict) -> str:
+    def shapes(self, scene: dict) -> list[tuple]:
+        """What to draw: (shape, colour, size, column, row of 4 x 4) each."""
         corner, count = POSITIONS.index(scene["position"]), 1 + NUMBERS.index(scene["number"])
         cells = [(x + 2 * (corner % 2), y + 2 * (corner // 2)) for y in (0, 1) for x in (0, 1)]
-        return self.draw(*((scene["shape"], scene["colour"], scene["size"], *cell)
-                           for cell in cells[:count]))
+        return [(scene["shape"], scene["colour"], scene["size"], *cell) for cell in cells[:count]]
 
-    def draw(self, *shapes: tuple) -> str:
-        """Writes a picture of shapes (shape, colour, size, column, row of 4 x 4); its file name."""
+    def draw(self, shapes: list[tuple]) -> str:
+        """Writes a picture of shapes; its file name."""
         image = Image.new("RGB", (336, 336), (self.rng.randint(225, 255),) * 3)
         pen = ImageDraw.Draw(image)
         for shape, colour, size, *cell in shapes:
@@ -775,12 +774,12 @@ class ToyWorld:
         image.save(self.folder / "images" / name, compress_level=1)
         return name
 
-    # Each of these gives (descriptions, [a function that draws], [(kind, question, answer)]).
+    # Each of these gives (descriptions, shapes of each picture, [(kind, question, answer)]).
 
     def one(self):
         scene, kinds = self.scene(), self.rng.sample(list(QUESTIONS), len(QUESTIONS))
         asked = [(kind, self.rng.choice(QUESTIONS[kind]), scene[kind]) for kind in kinds]
-        return [self.words(scene)], [lambda: self.draw_scene(scene)], asked
+        return [self.words(scene)], [self.shapes(scene)], asked
 
     def two(self):
         scenes, asked = (self.scene(), self.scene()), []
@@ -789,8 +788,9 @@ class ToyWorld:
             if scenes[0][kind] != scenes[1][kind]:
                 question = COMPARISONS[kind].format(scenes[which][kind])
                 asked.append(("comparison", question, ("first", "second")[which]))
-        draw = [functools.partial(self.draw_scene, scene) for scene in scenes]
-        return ([self.words(scene) for scene in scenes], draw, asked) if asked else self.two()
+        if not asked:  # the two are alike
+            return self.two()
+        return [self.words(scene) for scene in scenes], list(map(self.shapes, scenes)), asked
 
     def relation(self):
         (a, b), (red, blue) = (self.rng.sample(list(x), 2) for x in (SHAPES, COLOURS))
@@ -798,15 +798,15 @@ class ToyWorld:
         cells = [(0, line), (3, line)] if where in ("left", "right") else [(line, 0), (line, 3)]
         cells = cells if where in ("left", "above") else cells[::-1]
         words = f"a {red} {a} and a {blue} {b}, the {a} {where}"
-        shapes = (a, red, "large", *cells[0]), (b, blue, "large", *cells[1])
-        return [words], [lambda: self.draw(*shapes)], [
-            ("relation", f"Where is the {a}, seen from the {b}?", where)]
+        shapes = [(a, red, "large", *cells[0]), (b, blue, "large", *cells[1])]
+        return [words], [shapes], [("relation", f"Where is the {a}, seen from the {b}?", where)]
 
-    def row(self, asked: list[tuple], images: list[str], before: str) -> dict:
-        """A record: questions and answers, with what stands before the first question."""
-        turns = [{"from": who, "value": words} for _, *turn in asked
-                 for who, words in zip(("human", "gpt"), turn)]
-        turns[0]["value"] = before + turns[0]["value"]
+    def row(self, asked: list[tuple], pictures: list, words: str = "") -> dict:
+        """A record: pictures, or words, then questions and answers."""
+        images = [self.draw(shapes) for shapes in pictures]
+        turns = [{"from": who, "value": said} for _, *turn in asked
+                 for who, said in zip(("human", "gpt"), turn)]
+        turns[0]["value"] = f"{IMAGE}\n" * len(images) + words + turns[0]["value"]
         image = {"image": images[0] if len(images) == 1 else images} if images else {}
         return {"id": f"{self.rng.getrandbits(40):010x}", **image, "conversations": turns,
                 "kinds": [kind for kind, *_ in asked]}
@@ -823,8 +823,8 @@ class ToyWorld:
         return self.row(asked, [], "".join(f"{line}\n" for line in words))
 
     def caption(self) -> dict:
-        words, draw, _ = self.one()
-        return self.row([("caption", "Describe the picture.", words[0])], [draw[0]()], f"{IMAGE}\n")
+        words, pictures, _ = self.one()
+        return self.row([("caption", "Describe the picture.", words[0])], pictures)
 
     def instruction(self) -> dict:
         """As in visual instruction tuning: mostly one picture and several questions about it."""
@@ -834,8 +834,8 @@ class ToyWorld:
         make = self.deck.pop()
         if make is None:
             return self.reading()
-        _, draw, asked = make()
-        return self.row(asked, [draw_one() for draw_one in draw], f"{IMAGE}\n" * len(draw))
+        _, pictures, asked = make()
+        return self.row(asked, pictures)
 
 
 def toy_words(rows: int = 1000) -> list[str]:
@@ -863,12 +863,11 @@ def toy(out: Path, scenes: int, seed: int):
         sets[f"{name}_validation"] = [make() for _ in range(160)]
     rows = sets["train_validation"]
     # The same questions with other rows' pictures: who still answers has not looked.
-    counts = [len(image_list(row)) for row in rows]
-    alike = [[i for i in range(len(rows)) if counts[i] == count] for count in (0, 1, 2)]
-    other = {i: group[(k + len(group) // 2) % len(group)] for group in alike
-             for k, i in enumerate(group)}
-    sets["train_shuffled"] = [{**row, **{k: rows[other[i]][k] for k in ("image",) if k in row}}
-                              for i, row in enumerate(rows)]
+    shuffled = sets["train_shuffled"] = list(rows)
+    for count in (1, 2):
+        alike = [i for i, row in enumerate(rows) if len(image_list(row)) == count]
+        for i, other in zip(alike, np.roll(alike, -(len(alike) // 2))):
+            shuffled[i] = rows[i] | {"image": rows[other]["image"]}
     for name, content in sets.items():
         (part / f"{name}.json").write_text(json.dumps(content, indent=1))
     (part / "baseline.json").write_text(json.dumps(question_only(sets["train"], rows)))
