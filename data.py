@@ -261,19 +261,13 @@ _AS_STRING = (
 _AS_PARTS = _AS_STRING.replace("content=both.text", "content=[{'type': 'text', 'text': both.text}]")
 
 
-def chat_template(version: str, tokenizer) -> str:
-    """The Jinja template of one of LLaVA's `--version` names, for this tokenizer."""
+def chat_template(version: str, has_bos: bool) -> str:
+    """The Jinja template of one of LLaVA's `--version` names."""
     system, body = _TEMPLATES[version]
     return ("{%- set own = messages[0].role == 'system' -%}"
             "{%- set turns = messages[1:] if own else messages -%}"
             f"{{%- set system = messages[0].content if own else {json.dumps(system)} -%}}"
-            + body.replace("BOS", "bos_token" if starts_with_bos(tokenizer) else "''"))
-
-
-def starts_with_bos(tokenizer) -> bool:
-    """Whether the tokenizer puts a start token first. Only ids tell: `add_bos_token` misleads."""
-    bos = tokenizer.bos_token_id
-    return bos is not None and tokenizer("a").input_ids[0] == bos
+            + body.replace("BOS", "bos_token" if has_bos else "''"))
 
 
 class ChatText:
@@ -299,7 +293,8 @@ class ChatText:
             raise ValueError(f"the tokenizer has no token {IMAGE}: `model.py build` adds it")
         self.tokenizer, self.version, self.chat_template = tokenizer, version, None
         self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE)
-        self.bos = [tokenizer.bos_token_id] if starts_with_bos(tokenizer) else []
+        first = tokenizer("a").input_ids[:1]  # only ids tell: `add_bos_token` misleads
+        self.bos = first if first == [tokenizer.bos_token_id] else []
         special = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
         control = sorted({*special, *tokenizer.all_special_tokens, IMAGE}, key=len, reverse=True)
         self.control = re.compile("|".join(map(re.escape, control)))
@@ -310,7 +305,7 @@ class ChatText:
             self.stop_ids = [i for i, piece in enumerate(pieces) if "\n" in piece]
         else:
             own = tokenizer.chat_template and tokenizer.get_chat_template()  # of several, one
-            self.adopt_template(own if version == "own" else chat_template(version, tokenizer))
+            self.adopt_template(own if version == "own" else chat_template(version, bool(self.bos)))
 
     def adopt_template(self, template: str | None):
         """Lets it take strings and parts, refuses what cannot teach, finds what ends an answer.
@@ -324,7 +319,7 @@ class ChatText:
         own = template.removeprefix(_AS_STRING).removeprefix(_AS_PARTS)
         self.template = own
         try:
-            knows_strings = not template.startswith(_AS_PARTS) and "Q1x" in self.render(probe[:1])
+            knows_strings = "Q1x" in self.render(probe[:1])
         except ValueError:
             knows_strings = False
         self.chat_template = (_AS_STRING if knows_strings else _AS_PARTS) + own
