@@ -873,9 +873,8 @@ def question_only(train: list[dict], rows: list[dict]) -> dict:
     """{kind: share right} of always giving the training set's commonest answer to a question."""
     def turns(rows):
         for row in rows:
-            said = [turn["value"] for turn in row["conversations"]]
-            for kind, question, answer in zip(row["kinds"], said[::2], said[1::2]):
-                yield kind, question.removeprefix(f"{IMAGE}\n" * len(image_list(row))), answer
+            said = [turn["value"].replace(f"{IMAGE}\n", "") for turn in row["conversations"]]
+            yield from zip(row["kinds"], said[::2], said[1::2])
 
     seen, right = collections.defaultdict(collections.Counter), collections.defaultdict(list)
     for _, question, answer in turns(train):
@@ -938,8 +937,8 @@ class Check(torch.utils.data.Dataset):
         return len(self.records)
 
     def __getitem__(self, i: int) -> tuple:
-        row, figures, names, faults = self.records[i], [0] * 5, [], []
-        with self.noting(i, faults):
+        row, figures, names, errors = self.records[i], [0] * 5, [], []
+        try:
             messages, names = parse_record(row)
             figures[:2] = len(messages), len(names)
             if self.rows:
@@ -948,17 +947,15 @@ class Check(torch.utils.data.Dataset):
                 figures[2] = len(ids) + more
                 keep = self.rows.fit(ids, labels)
                 figures[3:] = keep + more, sum(label != IGNORE for label in labels[:keep])
+        except ValueError as error:
+            errors.append(error)
         for name in names:
-            with self.noting(i, faults):
+            try:
                 self.look_at(name)
-        return row.get("id") if isinstance(row, dict) else None, figures, faults
-
-    @contextlib.contextmanager
-    def noting(self, i: int, faults: list):
-        try:
-            yield
-        except (ValueError, FileNotFoundError) as error:
-            faults.append(f"{self.records.where(i)}: {error}")
+            except (ValueError, FileNotFoundError) as error:
+                errors.append(error)
+        return (row.get("id") if isinstance(row, dict) else None, figures,
+                [f"{self.records.where(i)}: {error}" for error in errors])
 
     def look_at(self, name: str):
         """Raises what training would, as far as it looks: ValueError or FileNotFoundError."""
@@ -968,13 +965,17 @@ class Check(torch.utils.data.Dataset):
         decode_picture(self.pictures.read(name), name)
 
 
-def check(rows: Check, max_length: int) -> int:
+def check(args) -> int:
     """Prints the faults of all rows and a report; the number of faults. Every core takes part."""
+    files, rows, max_length = (args.data_path, args.image_folder), None, args.model_max_length
+    if args.model_name_or_path:
+        rows = open_dataset(*files, args.model_name_or_path, args.version, max_length=max_length)
+    records, pictures = (rows.records, rows.pictures) if rows else open_files(*files)
     ids, figures, count = collections.Counter(), [], 0
     batches = torch.utils.data.DataLoader(
-        rows, batch_size=64, collate_fn=list, num_workers=len(os.sched_getaffinity(0)),
-        multiprocessing_context="fork")
-    with tqdm(total=len(rows), unit=" rows", dynamic_ncols=True, disable=None) as bar:
+        Check(records, pictures, rows, args.full), batch_size=64, collate_fn=list,
+        num_workers=len(os.sched_getaffinity(0)), multiprocessing_context="fork")
+    with tqdm(total=len(records), unit=" rows", dynamic_ncols=True, disable=None) as bar:
         for batch in batches:
             for name, numbers, faults in batch:
                 ids[repr(name)] += name is not None
@@ -984,7 +985,7 @@ def check(rows: Check, max_length: int) -> int:
                     bar.write(fault.encode("utf-8", "backslashreplace").decode())
             bar.update(len(batch))
     turns, pictures, tokens, kept, supervised = np.array(figures).T
-    print(f"rows        {len(rows):,}, {(~rows.records.has_picture).sum():,} of them text-only\n"
+    print(f"rows        {len(records):,}, {(~records.has_picture).sum():,} of them text-only\n"
           f"turns       {turns.sum():,}\npictures    {pictures.sum():,}")
     if (known := tokens[tokens > 0]).size:
         shares = ", ".join(f"{share} % have up to {np.percentile(known, share):,.0f}"
@@ -999,16 +1000,6 @@ def check(rows: Check, max_length: int) -> int:
     print(f"faults      {count:,}" + (": mend or remove these rows, or train with --on_bad_record "
                                       "skip" if count else ""))
     return count
-
-
-def check_files(args) -> int:
-    """`data.py check`: the number of faults."""
-    files, rows = (args.data_path, args.image_folder), None
-    if args.model_name_or_path:
-        rows = open_dataset(*files, args.model_name_or_path, args.version, None,
-                            args.model_max_length)
-    records, pictures = (rows.records, rows.pictures) if rows else open_files(*files)
-    return check(Check(records, pictures, rows, args.full), args.model_max_length)
 
 
 # Of OK-VQA and VQAv2 as they are published. LLaVA-1.5 asks for short answers with these words.
@@ -1150,7 +1141,7 @@ def main(argv=None) -> int:
                                    args.version, args.image_aspect_ratio, args.model_max_length)
             show(dataset, args.index, args.json)
         else:
-            return int(check_files(args) > 0)
+            return int(check(args) > 0)
     except (ValueError, OSError) as error:
         print(f"data.py: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
