@@ -137,10 +137,6 @@ def decode_picture(data: bytes, name: str = "") -> Image.Image:
         raise ValueError(f"picture {name}: not one that can be read ({reason})") from None
 
 
-def encode_name(name: str) -> bytes:
-    return name.encode("utf-8", "surrogatepass")
-
-
 class Pictures:
     """A folder of pictures, or a .zip of them read in place; `read(name)` gives a file's bytes.
 
@@ -155,7 +151,7 @@ class Pictures:
             try:
                 with zipfile.ZipFile(self.path) as archive:
                     files = archive.infolist()
-                names = np.array([encode_name(file.filename) for file in files], "S")
+                names = np.array([file.filename.encode() for file in files], "S")
                 entries = np.array([(file.header_offset, file.compress_size, file.compress_type,
                                      file.CRC) for file in files], np.int64).reshape(-1, 4)
                 order = names.argsort(kind="stable")
@@ -174,7 +170,7 @@ class Pictures:
 
     def find(self, name: str) -> int:
         """The place of a name among the zip's, the last of equal ones; -1 where there is none."""
-        name = encode_name(name)
+        name = name.encode("utf-8", "surrogatepass")
         at = int(self.names.searchsorted(name, side="right")) - 1
         return at if at >= 0 and self.names[at] == name else -1
 
@@ -981,15 +977,15 @@ def check(args) -> int:
     with tqdm(total=len(records), unit=" rows", dynamic_ncols=True, disable=None) as bar:
         for batch in batches:
             for name, numbers, faults in batch:
-                ids[name] += name != "None"
+                ids[name] += name != "None"  # a row needs no id
                 figures.append(np.array(numbers, np.int32))
                 count += len(faults)
                 for fault in faults:
                     bar.write(fault.encode("utf-8", "backslashreplace").decode())
             bar.update(len(batch))
-    turns, pictures, tokens, kept, supervised = np.array(figures).T
+    turns, images, tokens, kept, supervised = np.array(figures).T
     print(f"rows        {len(records):,}, {(~records.has_picture).sum():,} of them text-only\n"
-          f"turns       {turns.sum():,}\npictures    {pictures.sum():,}")
+          f"turns       {turns.sum():,}\npictures    {images.sum():,}")
     if (known := tokens[tokens > 0]).size:
         shares = ", ".join(f"{share} % have up to {np.percentile(known, share):,.0f}"
                            for share in (50, 90, 99))
@@ -1069,7 +1065,7 @@ def okvqa(args):
                              f"{args.questions[0]}, too")
     else:
         random.Random(args.seed).shuffle(names)
-        held_out = set(names[:max(0, round(len(names) * min(args.val_fraction, 1)))])
+        held_out = set(names[:round(len(names) * min(max(args.val_fraction, 0), 1))])
     rows = train + sum(more, [])
     train, validation = ([row for row in rows if (row["image"] in held_out) == held]
                          for held in (False, True))

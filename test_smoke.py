@@ -1572,6 +1572,7 @@ VQA_FAULTS = {
     "0 questions to train on and 20": "--val_fraction 1",
     "20 questions to train on and 0": "--val_fraction 0.01",
     "20 questions to train on and 0.* -0.3": "--val_fraction -0.3",
+    "20 questions to train on and 0.* -inf": "--val_fraction=-inf",
     "not questions as .*OverflowError": lambda d: change_json(
         d / "train2014_questions.json", lambda c: c["questions"][3].update(image_id=1e999)
     ),
