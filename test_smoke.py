@@ -828,6 +828,8 @@ PROCESSOR = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
     [
         ("[]", "does not say how"),
         ("{", "does not say how"),
+        ("[" * 99_999, "does not say how"),
+        (PROCESSOR | {"crop_size": 14, "image_mean": [1e999] * 3}, "does not say how"),
         (PROCESSOR | {"crop_size": 14, "image_std": "x"}, "does not say how"),
         (PROCESSOR, "does not say how"),
         (PROCESSOR | {"size": {"longest_edge": 14}}, "does not say how"),
@@ -852,6 +854,7 @@ def test_zip_is_read_as_the_folder_is(tmp_path):
     }
     for name, content in files.items():
         (tmp_path / "folder" / name).write_bytes(content)
+    os.mkfifo(tmp_path / "folder" / "pipe")
     for method in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         with zipfile.ZipFile(tmp_path / "z.zip", "w", method) as archive:
             for name in files:
@@ -859,7 +862,7 @@ def test_zip_is_read_as_the_folder_is(tmp_path):
         for place in ("folder", "z.zip"):
             pictures = data.Pictures(tmp_path / place)
             assert {name: pictures.read(name) for name in files} == files
-            for missing in ("c.png", "deep", "x" * 5000, "\0"):
+            for missing in ("c.png", "deep", "pipe", "/dev/zero", "x" * 5000, "\0"):
                 with pytest.raises(FileNotFoundError, match="picture "):
                     pictures.read(missing)
         whole = bytearray((tmp_path / "z.zip").read_bytes())
@@ -1016,6 +1019,37 @@ def test_broken_file_names_the_line(tmp_path, name, content, error):
     with pytest.raises(ValueError, match=error) as refused:
         data.Records(write(tmp_path / name, content))
     assert "\n" not in str(refused.value)
+
+
+def test_row_nested_as_deep_as_python_reads_is_one_line(open_rows, tmp_path, capsys):
+    """Where a row is loaded, less of Python's stack is left than where its file was opened."""
+    path = tmp_path / "a.json"
+
+    def deep(levels):
+        nested = "[" * levels + "]" * levels
+        return json.dumps(row(["a", "b"], id=0)).replace('"id": 0', f'"id": {nested}')
+
+    def opens(levels):
+        with contextlib.suppress(ValueError):
+            return data.Records(write(path, f"[{deep(levels)}]"))
+
+    def below(frames, call):
+        return below(frames - 1, call) if frames else call()
+
+    deepest = next(levels for levels in range(1000, 0, -1) if opens(levels))
+    dataset = open_rows([row(["a", "b"])], on_bad_record="skip")
+    dataset.records = opens(deepest)
+    trained = below(50, lambda: dataset[0])["fault"]
+    rows = [deep(deepest - 5 - k) for k in range(60)]  # `main` opens it a few calls further down
+    write(path, f"[{','.join(rows)}]")
+    status = data.main(["check", "--data_path", str(path)])
+    out, err = capsys.readouterr()
+    faults = [line for line in out.splitlines() if line.startswith(str(path))]
+    assert status == bool(faults) and err == "" and len(faults) < 60
+    says = r"row \d+: maximum recursion depth"
+    assert all(re.search(says, fault) for fault in faults)
+    if sys.version_info < (3, 12):  # later ones count no C function's calls
+        assert faults and re.search(says, trained)
 
 
 # --- rows and batches ---
@@ -1538,6 +1572,7 @@ VQA_FAULTS = {
     "0 questions to train on and 20": "--val_fraction 1",
     "20 questions to train on and 0": "--val_fraction 0.01",
     "20 questions to train on and 0.* -0.3": "--val_fraction -0.3",
+    "20 questions to train on and 0.* -inf": "--val_fraction=-inf",
     "not questions as .*OverflowError": lambda d: change_json(
         d / "train2014_questions.json", lambda c: c["questions"][3].update(image_id=1e999)
     ),
