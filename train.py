@@ -45,7 +45,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from safetensors import SafetensorError
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -907,11 +907,13 @@ def open_reporter(kind: str, args, run_id: str, step: int):
 
 # samples.png and curves.png: right and wrong, and the lines, differ in more than colour.
 INK, GREY, MAT, GOOD, BAD, BLUE = "#1a1a1a", "#606060", "#c4c8cc", "#00795c", "#c44601", "#0b62a4"
-LINES = {  # name, colour, corners of its marks; the first two are losses
-    "loss": ("training", BLUE, 0), "eval_loss": ("validation", BAD, 24),
-    "token_accuracy": ("training tokens", BLUE, 0),
-    "eval_token_accuracy": ("validation tokens", BAD, 24),
-    "eval_exact_match": ("exact match", GOOD, 4), "eval_vqa_accuracy": ("VQA", INK, 3)}
+LOSSES = {"loss": ("training", BLUE, 0),  # a line's name, its colour, the corners of its marks
+          "eval_loss": ("validation", BAD, 24)}
+ACCURACIES = {"token_accuracy": ("training tokens", BLUE, 0),
+              "eval_token_accuracy": ("validation tokens", BAD, 24),
+              "eval_exact_match": ("exact match", GOOD, 4),
+              "eval_vqa_accuracy": ("VQA", INK, 3)}
+LADDER = [k * 10.0**e for e in range(-3, 9) for k in (1, 2, 5)]  # where ticks may stand
 
 
 def fit(text: str, font, width: int, most: int) -> list[str]:
@@ -928,99 +930,92 @@ def fit(text: str, font, width: int, most: int) -> list[str]:
 
 
 def draw_samples(answers: list[dict], rows: data.LlavaDataset, title: str) -> Image.Image:
-    """A sheet of up to twelve questions with their pictures, what was expected and what was said.
+    """A sheet of up to twelve questions with their pictures, what was expected and what was said."""
+    shown = [answers[i * len(answers) // 12] for i in range(12)] if len(answers) > 12 else answers
+    sheet, y = Image.new("RGB", (1632, 3200), "white"), 96
+    ImageDraw.Draw(sheet).text((48, 24), title, INK, ImageFont.load_default(26))
+    for k in range(0, len(shown), 3):
+        y = 48 + max(draw_card(sheet, 48 + 528 * i, y, a, rows)
+                     for i, a in enumerate(shown[k:k + 3]))
+    return sheet.crop((0, 0, sheet.width, y))
+
+
+def draw_card(sheet, x: int, y: int, a: dict, rows: data.LlavaDataset) -> int:
+    """One question, 480 pixels wide, its first eight pictures above it; returns where it ends.
 
     Right (or of a VQA score above zero) is a tick in a disc, wrong a cross in a square.
     """
-    font, line, wide, high, gap = ImageFont.load_default(26), 34, 480, 320, 48
-    shown = [answers[i * len(answers) // 12] for i in range(12)] if len(answers) > 12 else answers
-    texts = [[fit(a["question"].replace(data.IMAGE, " "), font, wide, 4),
-              fit(f"expected: {a['answer']}", font, wide, 3),
-              fit(f"predicted: {a['prediction']}", font, wide - 40, 3)] for a in shown]
-    tops = [2 * gap]
-    for k in range(0, len(shown), 3):
-        tops.append(tops[-1] + high + gap + line * max(len(sum(t, [])) for t in texts[k:k + 3]))
-    sheet = Image.new("RGB", (gap + 3 * (wide + gap), tops[-1]), "white")
-    pen = ImageDraw.Draw(sheet)
-    pen.text((gap, gap // 2), title, INK, font)
-    for k, (a, (question, expected, said)) in enumerate(zip(shown, texts)):
-        x, y = gap + k % 3 * (wide + gap), tops[k // 3]
-        draw_pictures(sheet, (x, y, wide, high), rows, a["row"], font)
-        y += high + 8
-        for lines, colour in ((question, INK), (expected, GREY)):
-            pen.multiline_text((x, y), "\n".join(lines), colour, font, spacing=8)
-            y += line * len(lines)
-        right = a.get("vqa_accuracy", a["right"]) > 0
-        shape, box = pen.ellipse if right else pen.rectangle, (x, y + 2, x + 27, y + 29)
-        shape(box, GOOD if right else BAD)
-        for stroke in ([7, 14, 12, 20, 21, 8],) if right else ([8, 8, 20, 20], [8, 20, 20, 8]):
-            pen.line([n + (x, y + 2)[i % 2] for i, n in enumerate(stroke)], "white", 4)
-        pen.multiline_text((x + 40, y), "\n".join(said), INK, font, spacing=8)
-    return sheet
-
-
-def draw_pictures(sheet, box: tuple, rows: data.LlavaDataset, i: int, font):
-    """A row's pictures side by side in a box (left, top, width, height)."""
-    left, top, width, height = box
-    pen, names = ImageDraw.Draw(sheet), data.image_list(rows.records[i])
-    pen.rectangle((left, top, left + width - 1, top + height - 1), MAT)
-    if not names:
-        pen.text((left + width / 2, top + height / 2), "no picture", INK, font, "mm")
-    place = width // max(1, len(names))
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(26)
+    names = data.image_list(rows.records[a["row"]])[:8]
+    pen.rectangle((x, y, x + 479, y + 319), MAT)
     for k, name in enumerate(names):
-        picture = data.decode_picture(rows.pictures.read(name), name)
-        shrink = min((place - 8) / picture.width, (height - 8) / picture.height)
-        picture = picture.resize([max(1, round(n * shrink)) for n in picture.size])
-        sheet.paste(picture, (left + k * place + (place - picture.width) // 2,
-                              top + (height - picture.height) // 2))
+        picture, width = data.decode_picture(rows.pictures.read(name), name), 480 // len(names)
+        picture = ImageOps.pad(picture, (width - 8, 312), color=MAT)
+        sheet.paste(picture, (x + k * width + 4, y + 4))
+    if not names:
+        pen.text((x + 240, y + 160), "no picture", INK, font, "mm")
+    y += 328
+    for text, colour, left, most in ((a["question"].replace(data.IMAGE, " "), INK, 0, 4),
+                                     (f"expected: {a['answer']}", GREY, 0, 3),
+                                     (f"predicted: {a['prediction']}", INK, 40, 3)):
+        lines, top = fit(text, font, 480 - left, most), y
+        pen.multiline_text((x + left, y), "\n".join(lines), colour, font, spacing=8)
+        y += 34 * len(lines)
+    if a.get("vqa_accuracy", a["right"]) > 0:
+        pen.ellipse((x, top + 2, x + 27, top + 29), GOOD)
+        pen.line((x + 7, top + 16, x + 12, top + 22, x + 21, top + 10), "white", 4)
+    else:
+        pen.rectangle((x, top + 2, x + 27, top + 29), BAD)
+        pen.line((x + 8, top + 10, x + 20, top + 22), "white", 4)
+        pen.line((x + 8, top + 22, x + 20, top + 10), "white", 4)
+    return y
 
 
 def draw_curves(metrics: list[dict]) -> Image.Image:
-    """Loss, on a log scale, and accuracies over steps; a dashed line where the loss is best."""
-    sheet, losses = Image.new("RGB", (1760, 620), "white"), list(LINES)[:2]
-    ladder = [k * 10.0**e for e in range(-3, 9) for k in (1, 2, 5)]
-    values = [m[key] for m in metrics for key in losses if key in m]
-    low = max(n for n in ladder if n <= max(min(values), ladder[0]))
-    high = min(n for n in ladder if n > max(low, *values))
-    ticks = {n: f"{n:g}" for n in ladder if low <= n <= high}
-    draw_panel(sheet, 100, "loss (log scale)", metrics, losses, ticks, math.log)
+    """Losses, on a log scale, and accuracies over steps; an upright line where the loss is best."""
+    sheet = Image.new("RGB", (1760, 620), "white")
+    values = [m[key] for m in metrics for key in LOSSES if key in m]
+    low = max(n for n in LADDER if n <= max(min(values), LADDER[0]))
+    high = min(n for n in LADDER if n > max(low, *values))
+
+    def log_scale(loss):
+        return math.log(max(loss, low) / low) / math.log(high / low)
+
+    ticks = {n: f"{n:g}" for n in LADDER if low <= n <= high}
+    draw_panel(sheet, 100, "loss (log scale)", metrics, LOSSES, ticks, log_scale)
     ticks = {n / 100: f"{n}%" for n in range(0, 101, 20)}
-    draw_panel(sheet, 970, "accuracy", metrics, list(LINES)[2:], ticks, float)
+    draw_panel(sheet, 970, "accuracy", metrics, ACCURACIES, ticks, float)
     return sheet
 
 
-def draw_panel(sheet, left: int, title: str, metrics: list[dict], keys, ticks: dict, scale):
-    """Axes, legend and lines of some figures, 740 x 400 pixels; ticks {value: label}."""
+def draw_panel(sheet, left: int, title: str, metrics: list[dict], lines: dict, ticks: dict, scale):
+    """Axes, legend and lines of some figures, 740 x 400 pixels; ticks {value: label}, and `scale`
+    makes of a value its share of the height.
+    """
     pen, font, last = ImageDraw.Draw(sheet), ImageFont.load_default(24), metrics[-1]["step"] or 1
-    floor, roof = min(ticks), max(ticks)
 
     def at(step, value):
-        share = (scale(max(value, floor)) - scale(floor)) / (scale(roof) - scale(floor))
-        return left + 740 * step / last, 530 - 400 * share
+        return left + 740 * step / last, 530 - 400 * scale(value)
 
+    pen.text((left, 20), title, INK, font)
     for value, label in ticks.items():
         pen.line([at(0, value), at(last, value)], "#dddddd", 2)
         pen.text((left - 12, at(0, value)[1]), label, INK, font, "rm")
-    gap = next(k * 10**e for e in range(9) for k in (1, 2, 5) if last <= 6 * k * 10**e)
-    for step in range(0, last + 1, gap):
-        pen.text((at(step, floor)[0], 542), f"{step:,}", INK, font, "ma")
+    for step in range(0, last + 1, int(next(n for n in LADDER if n >= max(1, last / 6)))):
+        pen.text((at(step, 1)[0], 542), f"{step:,}", INK, font, "ma")
     pen.text((left + 370, 580), "step", INK, font, "ma")
-    best, x = min((m["eval_loss"], m["step"]) for m in metrics if "eval_loss" in m)[1], left
-    for y in range(130, 530, 20):
-        pen.line([at(best, floor)[0], y, at(best, floor)[0], y + 10], GREY, 2)
-    pen.text((left, 20), title, INK, font)
-    pen.text((left + 740, 20), f"best loss at step {best:,} (dashed)", GREY, font, "ra")
-    for key in keys:
-        name, colour, corners = LINES[key]
-        found = [(m["step"], m[key]) for m in metrics if key in m]
-        share = 1 if corners else len(found) // 120 + 1  # training's are many, and noisy: means
-        groups = [np.mean(found[k:k + share], axis=0) for k in range(0, len(found), share)]
-        line, sample = [at(*group) for group in groups], [(x, 78), (x + 15, 78), (x + 30, 78)]
-        for points, marked in ((line, line), (sample, sample[1:2])) if found else ():
-            pen.line(points, colour, 3)
-            for point in marked if corners else ():
-                pen.regular_polygon((*point, 8), corners, fill=colour)
-        if found:
+    best = min((m["eval_loss"], m["step"]) for m in metrics if "eval_loss" in m)[1]
+    pen.line([at(best, value) for value in ticks], GREY, 2)
+    pen.text((left + 740, 20), f"best loss at step {best:,} (upright line)", GREY, font, "ra")
+    x = left
+    for key, (name, colour, corners) in lines.items():
+        if found := [(m["step"], m[key]) for m in metrics if key in m]:
+            share = 1 if corners else len(found) // 120 + 1  # training's are many, and noisy: means
+            groups = [np.mean(found[k:k + share], axis=0) for k in range(0, len(found), share)]
+            for points in [at(*group) for group in groups], [(x + 6, 78), (x + 26, 78)]:
+                pen.line(points, colour, 3)
+                for point in points if corners else ():
+                    pen.regular_polygon((*point, 8), corners, fill=colour)
             pen.text((x + 40, 64), name, INK, font)
             x += 60 + font.getlength(name)
 
