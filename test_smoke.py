@@ -3300,6 +3300,7 @@ def test_each_train_type_moves_its_modules_and_no_other(world, tmp_path, train_t
 
 STAGE_1 = dict(train_type="projector")
 LORA = dict(train_type="use_lora", lora_r=4, lora_alpha=8, learning_rate=1e-2, mm_projector_lr=1e-3)
+OWN = dict(lora_r=None, lora_alpha=None)  # what an adapter that is there has already
 
 
 @pytest.mark.parametrize("kind", [{}, {"bf16": True}, LORA, {**LORA, "bits": 4}, STAGE_1])
@@ -3656,7 +3657,7 @@ def test_the_best_of_a_lora_run_is_a_complete_adapter(world, tmp_path, overfitti
     flags = overfitting | LORA | {"max_steps": 6, "early_stopping_patience": None}
     _, output, _ = run(world, tmp_path / "a", **flags)
     best = tmp_path / "a" / "best"
-    again = {"adapter": best, "eval_only": True, "version": "own", "data_path": None}
+    again = OWN | {"adapter": best, "eval_only": True, "version": "own", "data_path": None}
     status, _, error = run(
         world, tmp_path / "b", **flags | again | {"train_type": None, "output_dir": tmp_path / "b"}
     )
@@ -3766,10 +3767,13 @@ def test_each_evaluation_leaves_pictures_and_the_exact_text(world, tmp_path, mon
 def test_a_log_takes_back_the_lines_behind_a_checkpoint(tmp_path):
     """And the line that a kill cut short; an answer may hold what Python takes for ends of lines."""
     rows = [{"step": s, "prediction": "a\u2028b\x85\n\r\x0c"} for s in (1, 2, 2, 3)]
-    train.Log(tmp_path, -1, 0, train.Attempts()).write("predictions.jsonl", *rows)
+    train.append(tmp_path / "predictions.jsonl", *rows)
     with open(tmp_path / "predictions.jsonl", "a") as file:
         file.write('{"step": 1, "pred')
-    assert train.Log(tmp_path, 2, 0, train.Attempts()).read("predictions.jsonl") == rows[:3]
+    attempt = train.Attempts()
+    train.open_log(parsed("full"), "id", 2, attempt, tmp_path)
+    lines = train.whole_lines(tmp_path / "predictions.jsonl")
+    assert [json.loads(line) for line in lines] == rows[:3] and not attempt.faults
 
 
 def test_progress_is_one_line_of_80_columns_in_a_terminal_and_whole_lines_in_a_file(
@@ -4678,12 +4682,13 @@ def test_an_adapter_goes_on_learning_and_4_bits_are_for_lora_only(world, tmp_pat
         run(
             world,
             tmp_path / "b",
-            **LORA | dict(max_steps=3, adapter=tmp_path / "a" / "final", warmup_ratio=0),
+            **LORA | OWN | dict(max_steps=3, adapter=tmp_path / "a" / "final", warmup_ratio=0),
         )[0]
         == 0
     )
     assert losses_of(tmp_path / "b")[0] < losses_of(tmp_path / "a")[0]
-    for wrong in (dict(bits=8), dict(bits=4), dict(adapter=tmp_path / "a" / "final")):
+    adapter = dict(adapter=tmp_path / "a" / "final")
+    for wrong in (dict(bits=8), dict(bits=4), adapter, LORA | adapter | dict(lora_alpha=None)):
         with pytest.raises(SystemExit) as stop:
             run(world, tmp_path / "c", **wrong)
         assert stop.value.code == 2
@@ -4717,7 +4722,8 @@ def test_a_dry_run_measures_the_heaviest_step_and_writes_nothing(world, tmp_path
     trial = train.Trial(np.array([[2, 3], [0, 1]]), lengths, 50, "cpu")
     assert trial.plan.tolist() == [[2, 3], [2, 3], [0, 1]]
     trial.seconds = [99, 7, 3]  # 0.1 seconds a token, and 50 tokens a step on average
-    assert "50 steps take 0:04:10" in trial.report(nn.Linear(1, 1))
+    said = trial.report({"gradients": 3 * 2**30, "moments": 2 * 2**30})
+    assert "50 steps take 0:04:10" in said and "5.00 gradients and moments" in said
 
 
 @pytest.mark.long

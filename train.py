@@ -27,6 +27,7 @@ transformers/optimization.py, ZeRO (arXiv:1910.02054).
 import argparse
 import contextlib
 import datetime
+import functools
 import importlib.util
 import json
 import math
@@ -64,6 +65,8 @@ TRAIN_TYPES = {
     "use_lora": (["multi_modal_projector"], 2e-4, 16, "own"),
 }
 LORA_PROJECTOR_LR = 2e-5  # published too: the projector has learnt already, the adapters have not
+NEW_ADAPTER = {"lora_r": 128, "lora_alpha": 256, "lora_dropout": 0.05,
+               "lora_target_modules": llava.DECODER, "use_rslora": False}
 
 
 # --- model, schedule, parameter groups ---
@@ -101,23 +104,15 @@ def load_model(args, source: Path, device: str, stage: int = 0):
     return model
 
 
-def save_adapter(model, text, state: dict, folder: Path, source: Path):
-    """Writes what a LoRA run trains, in PEFT's format, and the template that it trains with."""
+def write_result(model, args, text, source: Path, state: dict, folder: Path):
+    """What was trained, as a new folder: an adapter in PEFT's format, or else a whole model."""
+    if args.train_type != "use_lora":  # `plain` is for training only: it is no folder's template
+        llava.save_pretrained(
+            model, folder, source, text.chat_template, state, args.image_aspect_ratio)
+        return
     lora.save(model, folder, source, llava.transformers_name, ["multi_modal_projector"], state)
     if text.chat_template:
         (folder / "chat_template.jinja").write_text(text.chat_template)
-
-
-def save_result(model, args, text, state: dict, source: Path, out: Path):
-    """Writes what was trained, a model folder or an adapter, beside `out`, and renames it."""
-    part = out.with_name(out.name + ".new")
-    shutil.rmtree(part, ignore_errors=True)  # of a run that died while it saved
-    if args.train_type == "use_lora":
-        save_adapter(model, text, state, part, source)
-    else:  # `plain` is for training only: it leaves the folder's template as it is
-        llava.save_pretrained(
-            model, part, source, text.chat_template, state, args.image_aspect_ratio)
-    replace_folder(part, out)
 
 
 def schedule(step: int, total_steps: int, warmup_steps: int, kind: str) -> float:
@@ -467,15 +462,15 @@ def evaluate(model, dataset, engine, collate, args, device) -> tuple[dict, list[
     for batch in eval_batches(questions, engine, args, collate, device):
         answers += answer(model, batch, questions, engine, args, device)
     answers = [a for _, a in sorted(engine.gather(answers), key=lambda pair: pair[0])]
-    kinds = sorted({a["kind"] for a in answers if "kind" in a})
-    of_kind = {f"/{kind}": [a for a in answers if a.get("kind") == kind] for kind in kinds}
-    for name, some in {"": answers, **of_kind}.items():
-        if some:
-            metrics[f"eval_exact_match{name}"] = sum(a["right"] for a in some) / len(some)
-    scores = [a["vqa_accuracy"] for a in answers if "vqa_accuracy" in a]
-    if scores:
-        metrics["eval_vqa_accuracy"] = sum(scores) / len(scores)
-    return metrics, answers
+    scores = {}
+    for a in answers:
+        scores.setdefault("eval_exact_match", []).append(a["right"])
+        if "kind" in a:
+            scores.setdefault(f"eval_exact_match/{a['kind']}", []).append(a["right"])
+        if "vqa_accuracy" in a:
+            scores.setdefault("eval_vqa_accuracy", []).append(a["vqa_accuracy"])
+    means = {name: sum(some) / len(some) for name, some in sorted(scores.items())}
+    return metrics | means, answers
 
 
 def answer(model, batch: dict, questions: Questions, engine, args, device) -> list[tuple]:
@@ -520,6 +515,13 @@ def check_empty(out: Path):
         raise ValueError(f"--output_dir {out}: not empty, and no run; name a new folder")
 
 
+def begin_run(args, run_id: str, out: Path):
+    """Makes the folder of a run, with the id and the flags that `open_run` asks for again."""
+    out.mkdir(parents=True, exist_ok=True)
+    if not (out / "run.json").exists():
+        replace_file(json.dumps({"id": run_id, "args": vars(args)}, indent=2), out / "run.json")
+
+
 def open_run(args) -> tuple[str, list[Path]]:
     """The id of the run in `output_dir`, and the checkpoints to go on from, the best one last.
 
@@ -548,25 +550,27 @@ def open_run(args) -> tuple[str, list[Path]]:
 
 
 class Attempts:
-    """Writes whose failure (a full disk, say) is kept until all ranks hear of it and stop together:
-    one that raised alone would leave the others waiting. The one `except` in training.
+    """What one rank does for itself, a write mostly, whose failure (a full disk, say) is kept until
+    all ranks hear of it and stop together: one that raised alone would leave the others waiting.
+    The one `except` in training.
     """
 
     def __init__(self):
         self.faults = []
 
-    def __call__(self, write, *args, **options):
+    def __call__(self, do, *args, **options):
+        """do(*args), whose last argument is the path that it writes to; None where that fails."""
         try:
-            write(*args, **options)
-        except (OSError, RuntimeError, SafetensorError) as error:
+            return do(*args, **options)
+        except Exception as error:  # --report_to hands on whatever its library raises
             self.faults.append(f"{args[-1]}: not written ({llava.one_line(error)[:200]}); "
                                "the checkpoints before it stay")
 
 
-def save_checkpoint(engine, out: Path, progress: dict, limit: int, attempt, write_adapter=None):
+def save_checkpoint(engine, out: Path, progress: dict, limit: int, attempt, write=None):
     """All that a run needs to go on bit for bit, written aside, then renamed; `limit` are kept.
 
-    `write_adapter(state, folder)` makes that of a LoRA run a complete adapter, too.
+    `write(state, folder)` makes that of a LoRA run a complete adapter, too.
     """
     target = out / f"checkpoint-{progress['step']}"
     part = target.with_suffix(".part")
@@ -576,9 +580,9 @@ def save_checkpoint(engine, out: Path, progress: dict, limit: int, attempt, writ
     cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
     rng = {"cpu": torch.get_rng_state(), "cuda": cuda}
     attempt(torch.save, rng, part / f"rng-{engine.rank}.pt")
-    state = engine.state(frozen=False) if write_adapter else None  # on every rank: it gathers
-    if write_adapter and engine.rank == 0:
-        attempt(write_adapter, state, part)
+    state = engine.state(frozen=False) if write else None  # on every rank: it gathers
+    if write and engine.rank == 0:
+        attempt(write, state, part)
     engine.agree(attempt.faults)  # every rank has written its share
     if engine.rank == 0:
         attempt(publish_checkpoint, progress, limit, target)
@@ -593,7 +597,7 @@ def publish_checkpoint(progress: dict, limit: int, target: Path):
     replace_file(json.dumps({**progress, "files": files}), part / "progress.json")
     replace_folder(part, target)
     for old in checkpoints(target.parent)[:-limit] if limit > 0 else []:
-        remove_folder(old)
+        shutil.rmtree(old)  # cut short, it is a damaged one, which `load_checkpoint` passes over
 
 
 def damage(folder: Path, rank: int, world: int) -> list[str]:
@@ -643,12 +647,12 @@ def load_checkpoint(engine, folders: list[Path], run_id: str) -> dict:
     return progress
 
 
-def remove_folder(folder: Path):
-    """Deletes a folder so that, cut short, it is not mistaken for a whole one: renamed first."""
-    gone = folder.with_name(folder.name + ".old")
-    shutil.rmtree(gone, ignore_errors=True)
-    folder.rename(gone)
-    shutil.rmtree(gone)
+def save_result(write, state: dict, out: Path):
+    """Has write(state, folder) make a folder beside `out`, and renames it."""
+    part = out.with_name(out.name + ".new")
+    shutil.rmtree(part, ignore_errors=True)  # of a run that died while it saved
+    write(state, part)
+    replace_folder(part, out)
 
 
 def replace_folder(part: Path, out: Path):
@@ -661,81 +665,32 @@ def replace_folder(part: Path, out: Path):
     shutil.rmtree(gone, ignore_errors=True)
 
 
-def replace_file(text: str, path: Path):
-    """Writes a file whole, or leaves it as it was."""
+def replace_file(content: str | Image.Image, path: Path):
+    """Writes a text or a picture whole, or leaves the file as it was."""
     part = path.with_name(path.name + ".part")
-    part.write_text(text)
+    part.write_text(content) if isinstance(content, str) else content.save(part, "PNG")
     part.replace(path)
 
 
-def replace_picture(picture: Image.Image, path: Path):
-    part = path.with_name(path.name + ".part")
-    picture.save(part, "PNG")
-    part.replace(path)
-
-
-def append(text: str, path: Path):
-    # Half a surrogate pair is no UTF-8; so written, it is JSON's escape for it.
-    with open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
-        file.write(text)
-
-
-class Log:
-    """metrics.jsonl and predictions.jsonl, written by rank 0. A run that goes on from `step` takes
-    back the lines behind it.
-    """
-
-    def __init__(self, out: Path, step: int, rank: int, attempt):
-        self.out, self.rank, self.attempt = out, rank, attempt
-        for path in (out / "metrics.jsonl", out / "predictions.jsonl") if rank == 0 else ():
-            # Split at "\n" alone: answers may hold other ends of lines. The last may be cut short.
-            lines = path.read_text().split("\n")[:-1] if path.exists() else []
-            kept = [line + "\n" for line in lines if json.loads(line)["step"] <= step]
-            self.attempt(replace_file, "".join(kept), path)
-
-    def read(self, name: str) -> list[dict]:
-        return [json.loads(line) for line in (self.out / name).read_text().split("\n")[:-1]]
-
-    def write(self, name: str, *rows: dict):
-        if self.rank == 0:
-            lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            self.attempt(append, lines, self.out / name)
-
-
-class StopRequest:
-    """SIGTERM, SIGINT, SIGUSR1, or a file `stop` in the output folder: the loop saves and ends."""
-
-    signals = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-
-    def __enter__(self):
-        self.signalled, self.file = False, Path(os.devnull, "none")
-        self.before = [signal.signal(number, self._set) for number in self.signals]
-        return self
-
-    def __exit__(self, *_):
-        for number, handler in zip(self.signals, self.before):
+@contextlib.contextmanager
+def stop_signals():
+    """A list that SIGTERM, SIGINT and SIGUSR1 are put on: the loop looks at it, saves and ends."""
+    received, numbers = [], (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    before = [signal.signal(number, lambda number, _: received.append(number))
+              for number in numbers]
+    try:
+        yield received
+    finally:
+        for number, handler in zip(numbers, before):
             signal.signal(number, handler)
-
-    def _set(self, *_):
-        self.signalled = True
-
-    def watch(self, out: Path):
-        self.file = out / "stop"
-        self.file.unlink(missing_ok=True)  # an earlier run's
-
-    def requested(self) -> bool:
-        return self.signalled or self.file.exists()
 
 
 # --- what people see ---
 
 
 def describe(model, args, steps_per_epoch: int, total_steps: int, rows: int, world: int,
-             stage: int):
-    """Prints what trains, the batch arithmetic, and what memory of a process follows from both.
-
-    ZeRO shares out among `world` processes: stage 2 what the optimizer needs, 3 the weights too.
-    """
+             held: dict):
+    """Prints what trains, the batch arithmetic, and what memory of a process follows from both."""
     print(f"{'module':<24}{'parameters':>16}{'trainable':>16}  dtype")
     for name, part in model.named_children():
         count = lora.count(part.parameters())
@@ -746,15 +701,22 @@ def describe(model, args, steps_per_epoch: int, total_steps: int, rows: int, wor
     print(f"batch: {micro} rows x {accumulation} accumulated x {world} processes = "
           f"{micro * accumulation * world} rows a step")
     print(f"steps: {rows:,} rows, {steps_per_epoch:,} steps an epoch, {total_steps:,} in all")
+    print("memory: " + ", ".join(f"{what} {size / 2**20:,.1f} MiB" for what, size in held.items()),
+          flush=True)
+
+
+def bytes_held(model, args, world: int, stage: int) -> dict:
+    """What a process holds between steps, by arithmetic, {what: bytes}.
+
+    ZeRO shares out among `world` processes: stage 2 what the optimizer needs, 3 the weights too.
+    """
     weights = sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in model.parameters())
     training = lora.count(p for p in model.parameters() if p.requires_grad)
     training /= world if stage >= 2 else 1
     weights /= world if stage == 3 else 1
     masters = args.bf16 or stage > 0  # DeepSpeed has fp32 masters of fp32 weights too
-    sizes = {"weights": weights, "masters": 4 * training * masters, "gradients": 4 * training,
-             "moments": 8 * training}
-    print("memory: " + ", ".join(f"{what} {size / 2**20:,.1f} MiB" for what, size in sizes.items()),
-          flush=True)
+    return {"weights": weights, "masters": 4 * training * masters, "gradients": 4 * training,
+            "moments": 8 * training}
 
 
 def count_weights(model) -> list[tuple]:
@@ -792,14 +754,20 @@ def count_flops(model, weights: list[tuple], batch: dict) -> int:
 
 
 def matmul_rate(device: str, dtype) -> float:
-    """The device's best rate in products of square matrices, in FLOP/s: what MFU is a share of."""
+    """The device's best rate in products of square matrices, in FLOP/s: what MFU is a share of.
+
+    Ten products are timed at once, so that a GPU's start and wait hardly count.
+    """
     n, seconds = 4096 if device == "cuda" else 512, []
-    a = torch.ones(n, n, device=device, dtype=dtype)  # drawing would shift dropout's numbers
-    for _ in range(5):
+    own = torch.Generator(device)  # the default would draw from dropout's
+    a = torch.randn(n, n, generator=own, device=device, dtype=dtype)
+    for _ in range(3):
         began = time.perf_counter()
-        (a @ a).sum().item()
+        for _ in range(10):
+            a @ a
+        torch.get_device_module(device).synchronize()
         seconds.append(time.perf_counter() - began)
-    return 2 * n**3 / min(seconds)
+    return 20 * n**3 / min(seconds)
 
 
 def peak_gib(device: str) -> float:
@@ -828,16 +796,24 @@ class Progress:
             print(f"{m['step']}/{self.bar.total} {text}", flush=True)
 
 
-def headline(step: int, metrics: dict) -> str:
+def visible(text: str, lacks=lambda character: False) -> str:
+    """A text with escapes for control characters and the like, and for what a font `lacks`."""
+    return "".join(c if c.isspace() or c.isprintable() and not lacks(c) else
+                   c.encode("unicode_escape").decode() for c in text)
+
+
+def headline(m: dict) -> str:
+    """The figures of an evaluation in a line, but for those of single kinds of questions."""
     figures = [f"{name.removeprefix('eval_').replace('_', ' ')} {value:.1%}"
-               for name, value in metrics.items() if name != "eval_loss" and "/" not in name]
-    return ", ".join([f"step {step}: validation loss {metrics['eval_loss']:.4f}", *figures])
+               for name, value in m.items() if name not in ("step", "eval_loss") and "/" not in name]
+    return ", ".join([f"step {m['step']}: validation loss {m['eval_loss']:.4f}", *figures])
 
 
-def report(step: int, metrics: dict, answers: list[dict]):
+def report(m: dict, answers: list[dict]):
     """Prints an evaluation: its figures, and a few questions with what was said and expected."""
-    kinds = [f"{name.split('/')[1]} {value:.1%}" for name, value in metrics.items() if "/" in name]
-    texts = [headline(step, metrics), *([", ".join(kinds)] if kinds else [])]
+    texts = [headline(m)]
+    if kinds := [f"{name.split('/')[1]} {value:.1%}" for name, value in m.items() if "/" in name]:
+        texts.append(", ".join(kinds))
     for a in answers[:: max(1, len(answers) // 4)][:4]:
         question, expected, said = (textwrap.shorten(
             visible(a[key].replace(data.IMAGE, "")), 80, placeholder="...")
@@ -845,64 +821,6 @@ def report(step: int, metrics: dict, answers: list[dict]):
         texts.append(f"{question} > {said}" + ("" if a["right"] else f" (not {expected})"))
     for k, text in enumerate(texts):
         tqdm.write(textwrap.fill(text, 80, initial_indent="  " * (k > 0), subsequent_indent="    "))
-
-
-def visible(text: str, lacks=lambda character: False) -> str:
-    """A text with escapes for control characters and the like, and for what a font `lacks`."""
-    return "".join(c if c.isspace() or c.isprintable() and not lacks(c) else
-                   c.encode("unicode_escape").decode() for c in text)
-
-
-def publish(log, tell, step: int, metrics: dict, answers: list[dict], rows: data.LlavaDataset):
-    """Shows an evaluation to all who look: files, pictures, --report_to."""
-    log.write("metrics.jsonl", {"step": step, **metrics})
-    log.write("predictions.jsonl", *({"step": step, **a} for a in answers))
-    if log.rank == 0:
-        log.attempt(publish_pictures, log, tell, step, metrics, answers, rows, log.out)
-
-
-def publish_pictures(log, tell, step: int, metrics: dict, answers: list[dict], rows, out: Path):
-    sheet = draw_samples(answers, rows, headline(step, metrics))
-    replace_picture(sheet, out / "samples.png")
-    replace_picture(draw_curves(log.read("metrics.jsonl")), out / "curves.png")
-    tell(step, metrics, answers, sheet)
-
-
-def open_reporter(kind: str, args, run_id: str, step: int):
-    """A function (step, figures, answers, sheet) that shows these in TensorBoard, in Weights &
-    Biases or nowhere, for a run that goes on from `step`.
-    """
-    out = Path(args.output_dir or "")
-    if kind == "tensorboard":
-        from torch.utils.tensorboard import SummaryWriter
-        writer = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1)
-
-        def tell(step, figures, answers=(), sheet=None):
-            for name, value in figures.items():
-                writer.add_scalar(name, value, step)
-            if sheet:
-                writer.add_text("answers", "\n\n".join(
-                    f"{a['question']} > {a['prediction']} ({a['answer']})" for a in answers), step)
-                writer.add_image("samples", np.asarray(sheet), step, dataformats="HWC")
-            writer.flush()
-    elif kind == "wandb":
-        import wandb
-        try:
-            run = wandb.init(project="llava", name=out.name, dir=out, id=run_id, resume="allow",
-                             config=vars(args))
-        except wandb.Error as error:
-            raise ValueError(f"--report_to wandb: {llava.one_line(error)} (WANDB_MODE=offline "
-                             "needs no account)") from None
-        columns = ["id", "question", "answer", "prediction", "right"]
-
-        def tell(step, figures, answers=(), sheet=None):
-            rows = [[str(a[key]) for key in columns] for a in answers]
-            shown = {"answers": wandb.Table(columns, rows), "samples": wandb.Image(sheet)}
-            run.log({**figures, **(shown if sheet else {})}, step=step)
-    else:
-        def tell(*_):
-            pass
-    return tell
 
 
 # samples.png and curves.png: right and wrong, and the lines, differ in more than colour.
@@ -941,9 +859,9 @@ def draw_samples(answers: list[dict], rows: data.LlavaDataset, title: str) -> Im
 
 
 def draw_card(sheet, x: int, y: int, a: dict, rows: data.LlavaDataset) -> int:
-    """One question, 480 pixels wide, its first eight pictures above it; returns where it ends.
+    """One question, 480 pixels wide, below its first eight pictures; returns where it ends.
 
-    Right (or of a VQA score above zero) is a tick in a disc, wrong a cross in a square.
+    An answer with a VQA score above zero counts as right.
     """
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(26)
     names = data.image_list(rows.records[a["row"]])[:8]
@@ -955,19 +873,14 @@ def draw_card(sheet, x: int, y: int, a: dict, rows: data.LlavaDataset) -> int:
     if not names:
         pen.text((x + 240, y + 160), "no picture", INK, font, "mm")
     y += 328
-    for text, colour, left, most in ((a["question"].replace(data.IMAGE, " "), INK, 0, 4),
-                                     (f"expected: {a['answer']}", GREY, 0, 3),
-                                     (f"predicted: {a['prediction']}", INK, 40, 3)):
-        lines, top = fit(text, font, 480 - left, most), y
-        pen.multiline_text((x + left, y), "\n".join(lines), colour, font, spacing=8)
+    right = a.get("vqa_accuracy", a["right"]) > 0
+    for text, colour in ((a["question"].replace(data.IMAGE, " "), INK),
+                         (f"expected: {a['answer']}", GREY),
+                         (f"{'right' if right else 'wrong'}: {a['prediction']}",
+                          GOOD if right else BAD)):
+        lines = fit(text, font, 480, 3)
+        pen.multiline_text((x, y), "\n".join(lines), colour, font, spacing=8)
         y += 34 * len(lines)
-    if a.get("vqa_accuracy", a["right"]) > 0:
-        pen.ellipse((x, top + 2, x + 27, top + 29), GOOD)
-        pen.line((x + 7, top + 16, x + 12, top + 22, x + 21, top + 10), "white", 4)
-    else:
-        pen.rectangle((x, top + 2, x + 27, top + 29), BAD)
-        pen.line((x + 8, top + 10, x + 20, top + 22), "white", 4)
-        pen.line((x + 8, top + 22, x + 20, top + 10), "white", 4)
     return y
 
 
@@ -1018,6 +931,78 @@ def draw_panel(sheet, left: int, title: str, metrics: list[dict], lines: dict, t
                     pen.regular_polygon((*point, 8), corners, fill=colour)
             pen.text((x + 40, 64), name, INK, font)
             x += 60 + font.getlength(name)
+
+
+def open_reporter(args, run_id: str, step: int, out: Path):
+    """A function (figures, answers, sheet) that shows these in TensorBoard, in Weights & Biases or
+    nowhere, for a run that goes on from `step`.
+    """
+    if args.report_to == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
+        writer = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1)
+
+        def tell(m, answers, sheet):
+            for name, value in m.items():
+                writer.add_scalar(name, value, m["step"])
+            if sheet:
+                writer.add_text("answers", "\n\n".join(
+                    f"{a['question']} > {a['prediction']} ({a['answer']})" for a in answers),
+                    m["step"])
+                writer.add_image("samples", np.asarray(sheet), m["step"], dataformats="HWC")
+            writer.flush()
+    elif args.report_to == "wandb":
+        import wandb
+        try:
+            run = wandb.init(project="llava", name=out.name, dir=out, id=run_id, resume="allow",
+                             config=vars(args))
+        except wandb.Error as error:
+            raise ValueError(f"--report_to wandb: {llava.one_line(error)} (WANDB_MODE=offline "
+                             "needs no account)") from None
+        columns = ["id", "question", "answer", "prediction", "right"]
+
+        def tell(m, answers, sheet):
+            rows = [[str(a[key]) for key in columns] for a in answers]
+            shown = {"answers": wandb.Table(columns, rows), "samples": wandb.Image(sheet)}
+            run.log({**m, **(shown if sheet else {})}, step=m["step"])
+    else:
+        def tell(*_):
+            pass
+    return tell
+
+
+def append(path: Path, *rows: dict):
+    # Half a surrogate pair is no UTF-8; so written, it is JSON's escape for it.
+    with open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def whole_lines(path: Path) -> list[str]:
+    """Split at "\n" alone: answers may hold other ends of lines. The last may be cut short."""
+    return path.read_text().split("\n")[:-1] if path.exists() else []
+
+
+def open_log(args, run_id: str, step: int, attempt, out: Path):
+    """A function that shows a step's figures, or an evaluation's with its answers and their rows,
+    to all who look: files, pictures, --report_to. A run that goes on from `step` takes back the
+    lines behind it.
+    """
+    for path in (out / "metrics.jsonl", out / "predictions.jsonl"):
+        kept = [line + "\n" for line in whole_lines(path) if json.loads(line)["step"] <= step]
+        attempt(replace_file, "".join(kept), path)
+    tell = attempt(open_reporter, args, run_id, step, out)
+
+    def show(m, answers, rows, out):
+        sheet = None
+        append(out / "metrics.jsonl", m)
+        if rows:
+            append(out / "predictions.jsonl", *({"step": m["step"], **a} for a in answers))
+            sheet = draw_samples(answers, rows, headline(m))
+            replace_file(sheet, out / "samples.png")
+            metrics = [json.loads(line) for line in whole_lines(out / "metrics.jsonl")]
+            replace_file(draw_curves(metrics), out / "curves.png")
+        tell(m, answers, sheet)
+
+    return lambda m, answers=(), rows=None: attempt(show, m, answers, rows, out)
 
 
 def summarize(args, progress: dict, total_steps: int, source: Path):
@@ -1073,9 +1058,9 @@ class Trial:
         self.total, self.seconds = size.mean() * total_steps, []
         self.device, self.before = device, peak_gib(device)
 
-    def report(self, model) -> str:
+    def report(self, held: dict) -> str:
         seconds = sum(self.seconds[1:]) / self.size[1:].sum() * self.total  # the first one warms up
-        training = 12 * lora.count(p for p in model.parameters() if p.requires_grad) / 2**30
+        training = (held["gradients"] + held["moments"]) / 2**30
         peak = peak_gib(self.device)
         return (f"dry run: peak {peak:.2f} GiB, of it {self.before:.2f} before the first step, "
                 f"{training:.2f} gradients and moments, {peak - self.before - training:.2f} "
@@ -1163,18 +1148,19 @@ def evaluate_only(args) -> int:
     model = load_model(args, source, device)
     collate = data.Collator(model.config.image_token_id, model.tokens_per_picture)
     metrics, answers = evaluate(model, rows, Alone(), collate, args, device)
-    report(0, metrics, answers)
+    metrics = {"step": 0, **metrics}
+    report(metrics, answers)
     if out:
         out.mkdir(parents=True, exist_ok=True)
-        tell, attempt = open_reporter(args.report_to, args, secrets.token_hex(8), -1), Attempts()
-        publish(Log(out, -1, 0, attempt), tell, 0, metrics, answers, rows)
+        attempt = Attempts()
+        open_log(args, secrets.token_hex(8), -1, attempt, out)(metrics, answers, rows)
         Alone().agree(attempt.faults)
     return 0
 
 
-def train(args, config: dict | None, stop: StopRequest) -> int:
+def train(args, config: dict | None, signals: list) -> int:
     """Trains, or goes on training, with DeepSpeed's `config` or alone; 0 when it is done, 3 when it
-    was asked to stop.
+    was asked to stop: by `signals` received, or by a file `stop` in the output folder.
     """
     torch.manual_seed(args.seed)
     device, out = "cuda" if torch.cuda.is_available() else "cpu", Path(args.output_dir)
@@ -1204,7 +1190,9 @@ def train(args, config: dict | None, stop: StopRequest) -> int:
     total_steps = math.ceil(steps_per_epoch * args.num_train_epochs)
     total_steps = args.max_steps if args.max_steps > 0 else total_steps
     warmup_steps = math.ceil(args.warmup_ratio * total_steps)
-    describe(model, args, steps_per_epoch, total_steps, len(rows), engine.world, stage)
+    eval_steps = args.eval_steps if args.eval_steps > 0 else steps_per_epoch
+    held = bytes_held(model, args, engine.world, stage)
+    describe(model, args, steps_per_epoch, total_steps, len(rows), engine.world, held)
     trial = Trial(steps_of(0), rows.lengths, total_steps, device) if args.dry_run else None
     if trial:
         steps_of, eval_set, args.save_steps = lambda epoch: trial.plan, None, -1
@@ -1215,25 +1203,34 @@ def train(args, config: dict | None, stop: StopRequest) -> int:
                 "evaluations": []}  # step and loss of each
     if found:
         progress = load_checkpoint(engine, found, run_id)
-    begins_at, attempt = progress["step"] if found else -1, Attempts()
-    if engine.rank == 0 and not (out / "run.json").exists() and not trial:
-        run = json.dumps({"id": run_id, "args": vars(args)}, indent=2)
-        attempt(os.makedirs, out, exist_ok=True)
-        attempt(replace_file, run, out / "run.json")
-    log = Log(out, begins_at, 1 if trial else engine.rank, attempt)
+    attempt, log = Attempts(), lambda *_: None
+    if engine.rank == 0 and not trial:
+        attempt(begin_run, args, run_id, out)
+        log = open_log(args, run_id, progress["step"] if found else -1, attempt, out)
     engine.agree(attempt.faults)
-    stop.watch(out)
-    quiet = trial or engine.rank > 0
-    tell = open_reporter("none" if quiet else args.report_to, args, run_id, begins_at)
+    stop_file = out / "stop"
+    stop_file.unlink(missing_ok=True)  # an earlier run's
+    write = functools.partial(write_result, model, args, text, source)
     bar = Progress(total_steps, progress["step"], engine.rank)
     rate, weights = matmul_rate(device, next(model.parameters()).dtype), count_weights(model)
     first_window, stopping = FirstWindow(model), False
     training_mode(model)
 
+    def windows(step):
+        """The micro-batches of this rank for each step from `step` on, epoch after epoch."""
+        epoch, start = divmod(step, steps_per_epoch)
+        while True:
+            micro = data.micro_batches(
+                steps_of(epoch), accumulation, engine.world, engine.rank, start)
+            batches = iter(loader(train_set, micro, collate, args, device))
+            yield from zip(*[batches] * accumulation)  # as many at a time
+            epoch, start = epoch + 1, 0
+
     def validate():
         metrics, answers = evaluate(model, eval_set, engine, collate, args, device)
-        report(progress["step"], metrics, answers)
-        publish(log, tell, progress["step"], metrics, answers, eval_set)
+        metrics = {"step": progress["step"], **metrics}
+        report(metrics, answers)
+        log(metrics, answers, eval_set)
         progress["evaluations"].append([progress["step"], metrics["eval_loss"]])
         if since_best(progress) == 0:
             save("best")
@@ -1246,81 +1243,70 @@ def train(args, config: dict | None, stop: StopRequest) -> int:
     def save(name):
         state = engine.state(frozen=args.train_type != "use_lora")  # on every rank: it gathers
         if engine.rank == 0:
-            attempt(save_result, model, args, text, state, source, out / name)
+            attempt(save_result, write, state, out / name)
         engine.agree(attempt.faults)
-
-    def write_adapter(state, folder):
-        save_adapter(model, text, state, folder, source)
 
     if eval_set and not found:
         validate()
+    steps = windows(progress["step"])
     while not over() and not stopping:
-        epoch, start = divmod(progress["step"], steps_per_epoch)
-        batches = iter(loader(
-            train_set, data.micro_batches(
-                steps_of(epoch), accumulation, engine.world, engine.rank, start),
-            collate, args, device))
-        for _ in range(min(steps_per_epoch - start, total_steps - progress["step"])):
-            # The whole window is fetched first: its loss is divided by all its supervised tokens.
-            began = time.perf_counter()
-            window = [next(batches) for _ in range(accumulation)]
-            waited, faults = time.perf_counter() - began, take_faults(window)
-            supervised, tokens, padded, count, cut, skipped, stopping, failed = engine.all_reduce(
-                *numbers_of(window), len(faults), stop.requested(), len(attempt.faults))
-            if failed:
-                engine.agree(attempt.faults)
-            handle_faults(faults, skipped, engine, args)
-            progress["skipped"] += int(skipped)
-            progress["cut"] += int(cut)
+        # The whole window is fetched first: its loss is divided by all its supervised tokens.
+        began = time.perf_counter()
+        window = next(steps)
+        waited, faults = time.perf_counter() - began, take_faults(window)
+        supervised, tokens, padded, count, cut, skipped, stopping, failed = engine.all_reduce(
+            *numbers_of(window), len(faults), bool(signals) or stop_file.exists(),
+            len(attempt.faults))
+        if failed:
+            engine.agree(attempt.faults)
+        handle_faults(faults, skipped, engine, args)
 
-            sums = torch.zeros(2, dtype=torch.float64, device=device)  # loss, tokens right
-            for i, batch in enumerate(window):  # `world`, as DeepSpeed averages over the ranks
-                loss, right = engine.forward(*to_device(batch, device))
-                engine.backward(loss * engine.world / max(supervised, 1), i == accumulation - 1)
-                sums += torch.stack([loss.detach(), right])
-            loss, right = (x / max(supervised, 1) for x in engine.all_reduce(*sums.tolist()))
-            check_finite("loss", loss, progress, window, rows, engine)
-            if first_window:
-                first_window = first_window.check(engine)  # None: once is enough
-            factor = schedule(progress["step"], total_steps, warmup_steps, args.lr_scheduler_type)
-            grad_norm = engine.step(factor)
-            check_finite("norm of the gradient", grad_norm, progress, window, rows, engine)
-            progress["step"] += 1
+        sums = torch.zeros(2, dtype=torch.float64, device=device)  # loss, tokens right
+        for i, batch in enumerate(window):  # `world`, as DeepSpeed averages over the ranks
+            loss, right = engine.forward(*to_device(batch, device))
+            engine.backward(loss * engine.world / max(supervised, 1), i == accumulation - 1)
+            sums += torch.stack([loss.detach(), right])
+        loss, right = (x / max(supervised, 1) for x in engine.all_reduce(*sums.tolist()))
+        check_finite("loss", loss, progress, window, rows, engine)
+        if first_window:
+            first_window = first_window.check(engine)  # None: once is enough
+        factor = schedule(progress["step"], total_steps, warmup_steps, args.lr_scheduler_type)
+        grad_norm = engine.step(factor)
+        check_finite("norm of the gradient", grad_norm, progress, window, rows, engine)
+        progress["step"] += 1
+        progress["skipped"] += int(skipped)
+        progress["cut"] += int(cut)
 
-            step, seconds = progress["step"], time.perf_counter() - began
-            metrics = {
-                "step": step, "epoch": step / steps_per_epoch, "loss": loss,
-                "token_accuracy": right, "lr": args.learning_rate * factor,
-                "grad_norm": grad_norm, "tokens_per_s": tokens / seconds,
-                "samples_per_s": count / seconds, "supervised": supervised / tokens,
-                "padded": 1 - tokens / padded, "waiting": waited / seconds,
-                "mfu": sum(count_flops(model, weights, batch) for batch in window) / seconds / rate,
-                "peak_gib": peak_gib(device)}
-            eval_steps = args.eval_steps if args.eval_steps > 0 else steps_per_epoch
-            to_log = step % args.logging_steps == 0 or step == total_steps
-            bar.show(metrics, to_log)
-            if to_log:
-                log.write("metrics.jsonl", metrics)
-                tell(step, metrics)
-            if trial:
-                trial.seconds.append(seconds)
-            if eval_set and (step % eval_steps == 0 or step == total_steps):
-                validate()
-            if step in (steps_per_epoch, total_steps) and progress["skipped"] + progress["cut"]:
-                tqdm.write(f"{progress['skipped']} rows were skipped, {progress['cut']} cut short")
-            if not trial and (stopping or args.save_steps > 0 and step % args.save_steps == 0):
-                save_checkpoint(engine, out, progress, args.save_total_limit, attempt,
-                                write_adapter if args.train_type == "use_lora" else None)
-            if stopping or over():
-                break
+        step, seconds = progress["step"], time.perf_counter() - began
+        metrics = {
+            "step": step, "epoch": step / steps_per_epoch, "loss": loss, "token_accuracy": right,
+            "lr": args.learning_rate * factor, "grad_norm": grad_norm,
+            "tokens_per_s": tokens / seconds, "samples_per_s": count / seconds,
+            "supervised": supervised / tokens, "padded": 1 - tokens / padded,
+            "waiting": waited / seconds,
+            "mfu": sum(count_flops(model, weights, batch) for batch in window) / seconds / rate,
+            "peak_gib": peak_gib(device)}
+        to_log = step % args.logging_steps == 0 or step == total_steps
+        bar.show(metrics, to_log)
+        if to_log:
+            log(metrics)
+        if trial:
+            trial.seconds.append(seconds)
+        if eval_set and (step % eval_steps == 0 or step == total_steps):
+            validate()
+        if step in (steps_per_epoch, total_steps) and progress["skipped"] + progress["cut"]:
+            tqdm.write(f"{progress['skipped']} rows were skipped, {progress['cut']} cut short")
+        if not trial and (stopping or args.save_steps > 0 and step % args.save_steps == 0):
+            save_checkpoint(engine, out, progress, args.save_total_limit, attempt,
+                            write if args.train_type == "use_lora" else None)
     bar.bar.close()
-    if trial and over():
-        print(trial.report(model))
-        return 0
     if not over():
         print(f"stopped after step {progress['step']} of {total_steps}: go on with "
               "--resume_from_checkpoint latest")
         return 3
+    if trial:
+        print(trial.report(held))
+        return 0
     save("final")
     summarize(args, progress, total_steps, source)
     return 0
@@ -1378,12 +1364,11 @@ def parse(argv) -> argparse.Namespace:
     add("--train_type", choices=list(TRAIN_TYPES), help="what trains")
     add("--bits", type=int, choices=[16, 4], default=16, help="4: the decoder in nf4 (QLoRA)")
     add("--adapter", help="an adapter to evaluate, or to train on from")
-    add("--lora_r", type=int, default=128, help="rank")
-    add("--lora_alpha", type=float, default=256, help="its output counts alpha / r times")
-    add("--lora_dropout", type=number(float, 0, 0.99), default=0.05,
-        help="share of its inputs that is dropped")
-    add("--lora_target_modules", default=llava.DECODER, help="regular expression on whole paths")
-    add("--use_rslora", **flag, default=False, help="alpha / sqrt(r) instead of alpha / r")
+    add("--lora_r", type=int, help="rank of a new adapter")
+    add("--lora_alpha", type=float, help="its output counts alpha / r times")
+    add("--lora_dropout", type=number(float, 0, 0.99), help="share of its inputs that is dropped")
+    add("--lora_target_modules", help="regular expression on whole paths")
+    add("--use_rslora", **flag, help="alpha / sqrt(r) instead of alpha / r")
     add("--num_train_epochs", type=number(float, 1e-6, 1e6), default=1.0, help="passes over rows")
     add("--max_steps", type=int, default=-1, help="optimizer steps; -1: as the epochs say")
     add("--per_device_train_batch_size", type=count, help="rows of a micro-batch")
@@ -1429,35 +1414,45 @@ def parse(argv) -> argparse.Namespace:
     for name, (same, instead) in LLAVA_FLAGS.items():
         if (value := vars(args).pop(name.removeprefix("--"))) != same:
             parser.error(f"{name} {value}: use {instead}")
-    for name in ("validation_data_path",) if args.eval_only else ("data_path", "output_dir",
-                                                                  "train_type"):
-        if not getattr(args, name):
-            parser.error(f"--{name} is needed")
-    if (args.bits == 4 or args.adapter) and args.train_type not in (None, "use_lora"):
-        parser.error(f"--train_type {args.train_type} trains the base: --bits 4 and --adapter are "
-                     "for use_lora")
-    if args.report_to != "none" and not importlib.util.find_spec(args.report_to):
-        parser.error(f"--report_to {args.report_to}: not installed, `pip install {args.report_to}`")
-    if args.report_to != "none" and not args.output_dir:
-        parser.error("--report_to needs --output_dir")
-    if args.early_stopping_patience and not args.validation_data_path:
-        parser.error("--early_stopping_patience needs --validation_data_path")
-    if args.offload != "none" and not args.deepspeed:
-        parser.error(f"--offload {args.offload} needs --deepspeed ds_zero2.json, or ds_zero3.json")
-    if args.eval_only and (args.dry_run or args.resume_from_checkpoint):
-        parser.error("--eval_only trains nothing: leave --dry_run and --resume_from_checkpoint out")
-    if args.eval_only and args.deepspeed:
-        parser.error("--eval_only is for one process: leave --deepspeed out")
+    for wrong, message in contradictions(args):
+        if wrong:
+            parser.error(message)
     _, published, micro, version = TRAIN_TYPES[args.train_type or "freeze_vision"]
     given = args.learning_rate if args.learning_rate is not None else published
-    for name, default in (
-        ("version", version), ("learning_rate", published), ("per_device_train_batch_size", micro),
-        ("mm_projector_lr", LORA_PROJECTOR_LR if args.train_type == "use_lora" else given),
-        ("mm_vision_tower_lr", given), ("gradient_checkpointing", args.train_type != "projector"),
-    ):
+    defaults = {
+        "version": version, "learning_rate": published, "per_device_train_batch_size": micro,
+        "mm_projector_lr": LORA_PROJECTOR_LR if args.train_type == "use_lora" else given,
+        "mm_vision_tower_lr": given, "gradient_checkpointing": args.train_type != "projector",
+        **({} if args.adapter else NEW_ADAPTER)}
+    for name, default in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, default)
     return args
+
+
+def contradictions(args) -> list[tuple]:
+    """(whether it is so, what to say of it) of flags that are missing or do not go together."""
+    needed = (["validation_data_path"] if args.eval_only else
+              ["data_path", "output_dir", "train_type"])
+    reports, trains_base = args.report_to != "none", args.train_type not in (None, "use_lora")
+    return [
+        *((not getattr(args, name), f"--{name} is needed") for name in needed),
+        *((args.adapter and getattr(args, name) is not None,
+           f"--{name}: the adapter of --adapter has its own, leave it out") for name in NEW_ADAPTER),
+        ((args.bits == 4 or args.adapter) and trains_base,
+         f"--train_type {args.train_type} trains the base: --bits 4 and --adapter are for use_lora"),
+        (reports and not importlib.util.find_spec(args.report_to),
+         f"--report_to {args.report_to}: not installed, `pip install {args.report_to}`"),
+        (reports and not args.output_dir, "--report_to needs --output_dir"),
+        (args.early_stopping_patience and not args.validation_data_path,
+         "--early_stopping_patience needs --validation_data_path"),
+        (args.offload != "none" and not args.deepspeed,
+         f"--offload {args.offload} needs --deepspeed ds_zero2.json, or ds_zero3.json"),
+        (args.eval_only and (args.dry_run or args.resume_from_checkpoint),
+         "--eval_only trains nothing: leave --dry_run and --resume_from_checkpoint out"),
+        (args.eval_only and args.deepspeed,
+         "--eval_only is for one process: leave --deepspeed out"),
+    ]
 
 
 def less_memory(args) -> str:
@@ -1502,10 +1497,10 @@ def main(argv=None) -> int:
     try:
         config = deepspeed_config(args) if args.deepspeed else None
         start_processes(args)
-        catch = contextlib.nullcontext() if args.eval_only else StopRequest()
-        with catch as stop, open(os.devnull, "w") as quiet:
+        catch = contextlib.nullcontext() if args.eval_only else stop_signals()
+        with catch as signals, open(os.devnull, "w") as quiet:
             with contextlib.redirect_stdout(sys.stdout if os.environ["RANK"] == "0" else quiet):
-                return evaluate_only(args) if args.eval_only else train(args, config, stop)
+                return evaluate_only(args) if args.eval_only else train(args, config, signals)
     except (ValueError, OSError) as error:
         if os.environ.get("RANK", "0") == "0" or not isinstance(error, Agreed):
             print(f"train.py: {llava.one_line(error)}", file=sys.stderr)
