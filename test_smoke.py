@@ -3802,7 +3802,10 @@ def test_progress_is_one_line_of_80_columns_in_a_terminal_and_whole_lines_in_a_f
 
 @pytest.mark.parametrize("kind", ["tensorboard", "wandb"])
 def test_reports_go_to_tensorboard_or_wandb(world, tmp_path, monkeypatch, kind):
-    """To stand-ins for both, which note what they are told; and one line says what to install."""
+    """To stand-ins for both, which note what they are told; and one line says what to install.
+
+    What such a library raises stops the run in one line, on all ranks: see Attempts.
+    """
     flags = dict(validation_data_path=world / "rows.json", max_steps=2, report_to=kind)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     error = io.StringIO()
@@ -3828,7 +3831,7 @@ def test_reports_go_to_tensorboard_or_wandb(world, tmp_path, monkeypatch, kind):
         raise module.Error("No API key configured.\nUse `wandb login`.")
 
     module.SummaryWriter, module.Error, module.init = Writer, KeyError, no_account
-    module.Table = module.Image = lambda *args: args
+    module.Table, module.Image = lambda *args: args, lambda picture: (picture.size, picture)
     monkeypatch.setitem(sys.modules, "wandb" if kind == "wandb" else "torch.utils.tensorboard", module)
     if kind == "wandb":
         status, _, error = run(world, tmp_path / "none", **flags)
@@ -3839,6 +3842,15 @@ def test_reports_go_to_tensorboard_or_wandb(world, tmp_path, monkeypatch, kind):
     for m in metrics_of(tmp_path / "a"):
         assert all(scalars[name, m["step"]] == value for name, value in m.items() if name != "step")
     assert {("answers", 0), ("samples", 0), ("samples", 2)} <= scalars.keys()
+
+    def fails(*args, **options):
+        raise KeyError("the service is gone")
+
+    Run.log = Writer.flush = fails
+    for n, only_training in enumerate((dict(validation_data_path=None), {})):
+        Writer.__init__ = lambda *args, **options: None
+        status, _, error = run(world, tmp_path / f"gone{n}", **flags | only_training)
+        assert status == 2 and error.count("\n") == 1 and "the service is gone" in error
 # --- many processes ---
 
 
@@ -4688,7 +4700,8 @@ def test_an_adapter_goes_on_learning_and_4_bits_are_for_lora_only(world, tmp_pat
     )
     assert losses_of(tmp_path / "b")[0] < losses_of(tmp_path / "a")[0]
     adapter = dict(adapter=tmp_path / "a" / "final")
-    for wrong in (dict(bits=8), dict(bits=4), adapter, LORA | adapter | dict(lora_alpha=None)):
+    shapes = [LORA | adapter | OWN | one for one in (dict(lora_r=128), dict(use_rslora=False))]
+    for wrong in (dict(bits=8), dict(bits=4), adapter, *shapes):
         with pytest.raises(SystemExit) as stop:
             run(world, tmp_path / "c", **wrong)
         assert stop.value.code == 2

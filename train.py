@@ -48,6 +48,7 @@ import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from safetensors import SafetensorError
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
@@ -385,7 +386,7 @@ class Questions(Dataset):
         for i in range(count):
             try:
                 turns, _ = data.parse_record(rows.records[i])
-            except ValueError:  # counted, or raised, by `take_faults` already
+            except ValueError:  # counted, or raised, with the losses already
                 continue
             answers = sum(turn["role"] == "assistant" for turn in turns)
             self.asked += [(i, k) for k in range(answers)]
@@ -447,7 +448,7 @@ def evaluate(model, dataset, engine, collate, args, device) -> tuple[dict, list[
     model.eval()
     sums, faults = np.zeros(3), []  # loss, tokens predicted right, tokens
     for batch in eval_batches(dataset, engine, args, collate, device):
-        faults += take_faults([batch])
+        faults += batch["faults"]  # why rows could not be used
         loss, right = model(*to_device(batch, device))
         sums += loss.item(), right.item(), (batch["labels"] >= 0).sum().item()
     loss, right, tokens, faulty = engine.all_reduce(*sums.tolist(), len(faults))
@@ -475,14 +476,13 @@ def evaluate(model, dataset, engine, collate, args, device) -> tuple[dict, list[
 
 def answer(model, batch: dict, questions: Questions, engine, args, device) -> list[tuple]:
     """Greedy answers to a batch of questions, with their numbers: [(j, {id, question, ...})]."""
-    lengths, (_, width) = torch.tensor(batch["lengths"]), batch["input_ids"].shape
-    shift = torch.arange(width)[None] - (width - lengths)[:, None]  # (B, T): padding to the left
-    ids = batch["input_ids"].gather(1, shift.clamp(min=0)).where(shift >= 0, 0)
+    prompts = [ids[:n] for ids, n in zip(batch["input_ids"], batch["lengths"])]
+    ids, mask = (pad_sequence(rows, batch_first=True, padding_side="left").to(device)
+                 for rows in (prompts, [torch.ones_like(ids) for ids in prompts]))
     text = questions.rows.text
     new = model.generate(
-        ids.to(device), batch["pixel_values"].to(device), (shift >= 0).long().to(device),
-        max_new_tokens=args.max_new_tokens, eos_token_id=text.stop_ids, do_sample=False,
-        synced_gpus=engine.world > 1)
+        ids, batch["pixel_values"].to(device), mask, max_new_tokens=args.max_new_tokens,
+        eos_token_id=text.stop_ids, do_sample=False, synced_gpus=engine.world > 1)
     answers = []
     for j, words in zip(batch["rows"], text.tokenizer.batch_decode(new, skip_special_tokens=True)):
         if j >= 0:
@@ -961,9 +961,10 @@ def open_reporter(args, run_id: str, step: int, out: Path):
         columns = ["id", "question", "answer", "prediction", "right"]
 
         def tell(m, answers, sheet):
-            rows = [[str(a[key]) for key in columns] for a in answers]
-            shown = {"answers": wandb.Table(columns, rows), "samples": wandb.Image(sheet)}
-            run.log({**m, **(shown if sheet else {})}, step=m["step"])
+            if sheet:
+                rows = [[str(a[key]) for key in columns] for a in answers]
+                m = {**m, "answers": wandb.Table(columns, rows), "samples": wandb.Image(sheet)}
+            run.log(m, step=m["step"])
     else:
         def tell(*_):
             pass
@@ -1089,11 +1090,6 @@ def numbers_of(window: list[dict]) -> tuple:
             sum(batch["labels"].numel() for batch in window),
             sum(row >= 0 for batch in window for row in batch["rows"]),
             sum(batch["cut"] for batch in window))
-
-
-def take_faults(batches: list[dict]) -> list[str]:
-    """Why rows of these batches could not be used."""
-    return [fault for batch in batches for fault in batch["faults"]]
 
 
 def handle_faults(faults: list[str], everywhere: int, engine, args):
@@ -1253,7 +1249,8 @@ def train(args, config: dict | None, signals: list) -> int:
         # The whole window is fetched first: its loss is divided by all its supervised tokens.
         began = time.perf_counter()
         window = next(steps)
-        waited, faults = time.perf_counter() - began, take_faults(window)
+        waited = time.perf_counter() - began
+        faults = [fault for batch in window for fault in batch["faults"]]
         supervised, tokens, padded, count, cut, skipped, stopping, failed = engine.all_reduce(
             *numbers_of(window), len(faults), bool(signals) or stop_file.exists(),
             len(attempt.faults))
