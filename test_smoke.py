@@ -3786,9 +3786,9 @@ def test_progress_is_one_line_of_80_columns_in_a_terminal_and_whole_lines_in_a_f
     with open(terminal, "w") as stderr, monkeypatch.context() as patch:
         patch.setattr(sys, "stderr", stderr)
         bar = train.Progress(50_000, 12_345, 0)
-        bar.bar.start_t -= 0.25  # seconds of a step
+        bar.start_t -= 0.25  # seconds of a step
         bar.show(m, True)
-        shown = str(bar.bar)
+        shown = str(bar)
     os.close(monitor)
     text = "loss 0.123 lr2e-05 12k/s sup12% pad12% wait12% mfu12% 140G"
     assert re.fullmatch(r"12346/50000 \d:\d\d:\d\d " + text, shown.strip()) and len(shown) < 80

@@ -438,10 +438,10 @@ def eval_batches(dataset, engine, args, collate, device):
 
 
 @torch.no_grad()
-def evaluate(model, dataset, engine, collate, args, device) -> tuple[dict, list[dict]]:
+def evaluate(model, dataset, engine, collate, args, device, step=0) -> tuple[dict, list[dict]]:
     """Token-weighted loss and accuracy over all rows, and greedy answers to the questions of the
     first `eval_samples`: ({name: figure}, [{row, id, question, answer, prediction, right}]); the
-    same on any number of processes.
+    same on any number of processes. `step` is the one that the model is at.
 
     An answer is asked for with the true turns before it as its context, as in training.
     """
@@ -456,7 +456,7 @@ def evaluate(model, dataset, engine, collate, args, device) -> tuple[dict, list[
     if not tokens or not math.isfinite(loss):
         raise Agreed(f"{dataset.records.path}: " + (
             f"the loss on its rows is {loss}" if tokens else "none of its rows can be used"))
-    metrics = {"eval_loss": loss / tokens, "eval_token_accuracy": right / tokens}
+    metrics = {"step": step, "eval_loss": loss / tokens, "eval_token_accuracy": right / tokens}
     count = len(dataset) if args.eval_samples < 0 else min(args.eval_samples, len(dataset))
     questions = Questions(dataset, count)
     answers = []
@@ -515,13 +515,6 @@ def check_empty(out: Path):
         raise ValueError(f"--output_dir {out}: not empty, and no run; name a new folder")
 
 
-def begin_run(args, run_id: str, out: Path):
-    """Makes the folder of a run, with the id and the flags that `open_run` asks for again."""
-    out.mkdir(parents=True, exist_ok=True)
-    if not (out / "run.json").exists():
-        replace_file(json.dumps({"id": run_id, "args": vars(args)}, indent=2), out / "run.json")
-
-
 def open_run(args) -> tuple[str, list[Path]]:
     """The id of the run in `output_dir`, and the checkpoints to go on from, the best one last.
 
@@ -563,8 +556,8 @@ class Attempts:
         try:
             return do(*args, **options)
         except Exception as error:  # --report_to hands on whatever its library raises
-            self.faults.append(f"{args[-1]}: not written ({llava.one_line(error)[:200]}); "
-                               "the checkpoints before it stay")
+            reason = f"{type(error).__name__}: {llava.one_line(error)[:200]}"
+            self.faults.append(f"{args[-1]}: not written ({reason}); the checkpoints before it stay")
 
 
 def save_checkpoint(engine, out: Path, progress: dict, limit: int, attempt, write=None):
@@ -672,19 +665,6 @@ def replace_file(content: str | Image.Image, path: Path):
     part.replace(path)
 
 
-@contextlib.contextmanager
-def stop_signals():
-    """A list that SIGTERM, SIGINT and SIGUSR1 are put on: the loop looks at it, saves and ends."""
-    received, numbers = [], (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-    before = [signal.signal(number, lambda number, _: received.append(number))
-              for number in numbers]
-    try:
-        yield received
-    finally:
-        for number, handler in zip(numbers, before):
-            signal.signal(number, handler)
-
-
 # --- what people see ---
 
 
@@ -777,23 +757,23 @@ def peak_gib(device: str) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-class Progress:
+class Progress(tqdm):
     """One line that moves in a terminal, whole lines in a log file; either has 80 columns."""
 
     def __init__(self, total: int, done: int, rank: int):
-        self.bar = tqdm(total=total, initial=done, dynamic_ncols=True,
-                        disable=rank > 0 or not sys.stderr.isatty(),
-                        bar_format="{n_fmt}/{total_fmt} {remaining} {desc}")
+        super().__init__(total=total, initial=done, dynamic_ncols=True,
+                         disable=rank > 0 or not sys.stderr.isatty(),
+                         bar_format="{n_fmt}/{total_fmt} {remaining} {desc}")
 
     def show(self, m: dict, log: bool):
         speed, peak = (f"{x:.{int(x < 10)}f}" for x in (m["tokens_per_s"] / 1000, m["peak_gib"]))
         text = (f"loss {m['loss']:.3f} lr{m['lr']:.0e} {speed}k/s "
                 f"sup{m['supervised']:.0%} pad{m['padded']:.0%} wait{m['waiting']:.0%} "
                 f"mfu{m['mfu']:.0%} {peak}G")
-        self.bar.set_description_str(text, refresh=False)
-        self.bar.update()
-        if log and self.bar.disable:
-            print(f"{m['step']}/{self.bar.total} {text}", flush=True)
+        self.set_description_str(text, refresh=False)
+        self.update()
+        if log and self.disable:
+            print(f"{m['step']}/{self.total} {text}", flush=True)
 
 
 def visible(text: str, lacks=lambda character: False) -> str:
@@ -983,14 +963,18 @@ def whole_lines(path: Path) -> list[str]:
 
 
 def open_log(args, run_id: str, step: int, attempt, out: Path):
-    """A function that shows a step's figures, or an evaluation's with its answers and their rows,
-    to all who look: files, pictures, --report_to. A run that goes on from `step` takes back the
-    lines behind it.
+    """Begins the folder of a run, or takes back the lines behind `step`, from where it goes on.
+
+    Returns log(m, answers, rows), which shows a step's figures, or an evaluation's with its answers
+    to questions on `rows`, to all who look: files, pictures, --report_to.
     """
+    out.mkdir(parents=True, exist_ok=True)
+    if not (out / "run.json").exists():  # what `open_run` looks for
+        replace_file(json.dumps({"id": run_id, "args": vars(args)}, indent=2), out / "run.json")
     for path in (out / "metrics.jsonl", out / "predictions.jsonl"):
         kept = [line + "\n" for line in whole_lines(path) if json.loads(line)["step"] <= step]
-        attempt(replace_file, "".join(kept), path)
-    tell = attempt(open_reporter, args, run_id, step, out)
+        replace_file("".join(kept), path)
+    tell = open_reporter(args, run_id, step, out)
 
     def show(m, answers, rows, out):
         sheet = None
@@ -1144,19 +1128,18 @@ def evaluate_only(args) -> int:
     model = load_model(args, source, device)
     collate = data.Collator(model.config.image_token_id, model.tokens_per_picture)
     metrics, answers = evaluate(model, rows, Alone(), collate, args, device)
-    metrics = {"step": 0, **metrics}
     report(metrics, answers)
     if out:
-        out.mkdir(parents=True, exist_ok=True)
         attempt = Attempts()
-        open_log(args, secrets.token_hex(8), -1, attempt, out)(metrics, answers, rows)
+        if log := attempt(open_log, args, secrets.token_hex(8), -1, attempt, out):
+            log(metrics, answers, rows)
         Alone().agree(attempt.faults)
     return 0
 
 
 def train(args, config: dict | None, signals: list) -> int:
     """Trains, or goes on training, with DeepSpeed's `config` or alone; 0 when it is done, 3 when it
-    was asked to stop: by `signals` received, or by a file `stop` in the output folder.
+    was asked to stop: by `signals`, which fills as they come, or by a file `stop` in `output_dir`.
     """
     torch.manual_seed(args.seed)
     device, out = "cuda" if torch.cuda.is_available() else "cpu", Path(args.output_dir)
@@ -1177,11 +1160,8 @@ def train(args, config: dict | None, signals: list) -> int:
     # The arithmetic of batches and steps.
     rows, accumulation = train_set.records, args.gradient_accumulation_steps
     global_batch = args.per_device_train_batch_size * accumulation * engine.world
-
-    def steps_of(epoch):
-        return data.plan_epoch(rows.lengths, rows.has_picture, global_batch, args.seed, epoch,
-                               args.group_by_modality_length)
-
+    steps_of = functools.partial(data.plan_epoch, rows.lengths, rows.has_picture, global_batch,
+                                 args.seed, by_modality=args.group_by_modality_length)
     steps_per_epoch = len(steps_of(0))
     total_steps = math.ceil(steps_per_epoch * args.num_train_epochs)
     total_steps = args.max_steps if args.max_steps > 0 else total_steps
@@ -1191,7 +1171,7 @@ def train(args, config: dict | None, signals: list) -> int:
     describe(model, args, steps_per_epoch, total_steps, len(rows), engine.world, held)
     trial = Trial(steps_of(0), rows.lengths, total_steps, device) if args.dry_run else None
     if trial:
-        steps_of, eval_set, args.save_steps = lambda epoch: trial.plan, None, -1
+        steps_of, eval_set = lambda epoch: trial.plan, None
         total_steps = steps_per_epoch = len(trial.plan)
 
     # The run begins, or goes on.
@@ -1201,8 +1181,7 @@ def train(args, config: dict | None, signals: list) -> int:
         progress = load_checkpoint(engine, found, run_id)
     attempt, log = Attempts(), lambda *_: None
     if engine.rank == 0 and not trial:
-        attempt(begin_run, args, run_id, out)
-        log = open_log(args, run_id, progress["step"] if found else -1, attempt, out)
+        log = attempt(open_log, args, run_id, progress["step"] if found else -1, attempt, out)
     engine.agree(attempt.faults)
     stop_file = out / "stop"
     stop_file.unlink(missing_ok=True)  # an earlier run's
@@ -1223,8 +1202,8 @@ def train(args, config: dict | None, signals: list) -> int:
             epoch, start = epoch + 1, 0
 
     def validate():
-        metrics, answers = evaluate(model, eval_set, engine, collate, args, device)
-        metrics = {"step": progress["step"], **metrics}
+        metrics, answers = evaluate(
+            model, eval_set, engine, collate, args, device, progress["step"])
         report(metrics, answers)
         log(metrics, answers, eval_set)
         progress["evaluations"].append([progress["step"], metrics["eval_loss"]])
@@ -1296,7 +1275,7 @@ def train(args, config: dict | None, signals: list) -> int:
         if not trial and (stopping or args.save_steps > 0 and step % args.save_steps == 0):
             save_checkpoint(engine, out, progress, args.save_total_limit, attempt,
                             write if args.train_type == "use_lora" else None)
-    bar.bar.close()
+    bar.close()
     if not over():
         print(f"stopped after step {progress['step']} of {total_steps}: go on with "
               "--resume_from_checkpoint latest")
@@ -1491,13 +1470,15 @@ def main(argv=None) -> int:
     args = parse(argv)
     transformers_logging.set_verbosity_error()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    signals, handlers = [], {}
     try:
         config = deepspeed_config(args) if args.deepspeed else None
         start_processes(args)
-        catch = contextlib.nullcontext() if args.eval_only else stop_signals()
-        with catch as signals, open(os.devnull, "w") as quiet:
-            with contextlib.redirect_stdout(sys.stdout if os.environ["RANK"] == "0" else quiet):
-                return evaluate_only(args) if args.eval_only else train(args, config, signals)
+        for number in () if args.eval_only else (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            handlers[number] = signal.signal(number, lambda number, _: signals.append(number))
+        with open(os.devnull, "w") as quiet, contextlib.redirect_stdout(
+                sys.stdout if os.environ["RANK"] == "0" else quiet):
+            return evaluate_only(args) if args.eval_only else train(args, config, signals)
     except (ValueError, OSError) as error:
         if os.environ.get("RANK", "0") == "0" or not isinstance(error, Agreed):
             print(f"train.py: {llava.one_line(error)}", file=sys.stderr)
@@ -1508,6 +1489,8 @@ def main(argv=None) -> int:
         print(f"train.py: out of memory: {less_memory(args)}", file=sys.stderr)
         return 2
     finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
         if dist.is_initialized():
             dist.destroy_process_group()
 
