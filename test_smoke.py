@@ -3715,7 +3715,7 @@ def test_the_sheet_tells_right_from_wrong_without_colour_and_nothing_leaves_its_
     wrong = train.draw_samples([answers[0] | {"right": False}], rows, "title")
     score = train.draw_samples([answers[0] | {"right": False, "vqa_accuracy": 0.3}], rows, "title")
     assert plain.tobytes() == score.tobytes() != wrong.tobytes()
-    dark = [greys(sheet)[420:] < 200 for sheet in (plain, wrong)]  # the two marks, less their colour
+    dark = [greys(sheet)[420:] < 200 for sheet in (plain, wrong)]  # the two words, less their colour
     assert (dark[0] != dark[1]).sum() > 100
     for some in (answers, [answers[2] | long] * 3, [answers[1]], []):
         pixels = greys(train.draw_samples(some, rows, "title"))

@@ -15,7 +15,8 @@ micro-batches on each of `world` processes. Its loss is
 
     sum over all supervised tokens of the window / their number
 
-so any split of the same rows, and any padding, gives the same gradients.
+so any split of the same rows, and any padding, gives the same gradients. `train` is the loop; what
+it calls stands above it.
 
 With --bf16, weights and activations are bf16, gradients are added up in fp32, and what trains has
 an fp32 master copy, which the optimizer updates and checkpoints hold. Without it all is fp32.
@@ -557,7 +558,8 @@ class Attempts:
             return do(*args, **options)
         except Exception as error:  # --report_to hands on whatever its library raises
             reason = f"{type(error).__name__}: {llava.one_line(error)[:200]}"
-            self.faults.append(f"{args[-1]}: not written ({reason}); the checkpoints before it stay")
+            self.faults.append(
+                f"{args[-1]}: not written ({reason}); the checkpoints before it stay")
 
 
 def save_checkpoint(engine, out: Path, progress: dict, limit: int, attempt, write=None):
@@ -784,9 +786,10 @@ def visible(text: str, lacks=lambda character: False) -> str:
 
 def headline(m: dict) -> str:
     """The figures of an evaluation in a line, but for those of single kinds of questions."""
-    figures = [f"{name.removeprefix('eval_').replace('_', ' ')} {value:.1%}"
-               for name, value in m.items() if name not in ("step", "eval_loss") and "/" not in name]
-    return ", ".join([f"step {m['step']}: validation loss {m['eval_loss']:.4f}", *figures])
+    shares = [f"{name.removeprefix('eval_').replace('_', ' ')} {value:.1%}"
+              for name, value in m.items()
+              if name not in ("step", "eval_loss") and "/" not in name]
+    return ", ".join([f"step {m['step']}: validation loss {m['eval_loss']:.4f}", *shares])
 
 
 def report(m: dict, answers: list[dict]):
@@ -828,7 +831,7 @@ def fit(text: str, font, width: int, most: int) -> list[str]:
 
 
 def draw_samples(answers: list[dict], rows: data.LlavaDataset, title: str) -> Image.Image:
-    """A sheet of up to twelve questions with their pictures, what was expected and what was said."""
+    """A sheet of up to twelve questions with their pictures, what was expected and predicted."""
     shown = [answers[i * len(answers) // 12] for i in range(12)] if len(answers) > 12 else answers
     sheet, y = Image.new("RGB", (1632, 3200), "white"), 96
     ImageDraw.Draw(sheet).text((48, 24), title, INK, ImageFont.load_default(26))
@@ -997,11 +1000,9 @@ def summarize(args, progress: dict, total_steps: int, source: Path):
     print(f"done after step {step}{early if step < total_steps else ''}: {out}/final")
     best = min(losses, key=losses.get, default=step)
     if losses:
-        before, *_, last = losses.values()
-        gains = [f"{loss - losses[best]:.4f} below the {place}"
-                 for place, loss in (("first", before), ("last", last))]
-        print(f"best at step {best}: validation loss {losses[best]:.4f}, {' and '.join(gains)}:\n"
-              f"  {out}/best")
+        (first, *_, last), lowest = losses.values(), losses[best]
+        print(f"best at step {best}: validation loss {lowest:.4f}, {first - lowest:.4f} below the "
+              f"first and {last - lowest:.4f} below the last:\n  {out}/best")
     folder = f"{out}/{'best' if best < step else 'final'}"
     folder = f"{source} --adapter {folder}" if args.train_type == "use_lora" else folder
     print(f"  python model.py chat --model_name_or_path {folder} --image FILE")
@@ -1410,13 +1411,14 @@ def contradictions(args) -> list[tuple]:
     """(whether it is so, what to say of it) of flags that are missing or do not go together."""
     needed = (["validation_data_path"] if args.eval_only else
               ["data_path", "output_dir", "train_type"])
-    reports, trains_base = args.report_to != "none", args.train_type not in (None, "use_lora")
+    reports, whole = args.report_to != "none", args.train_type not in (None, "use_lora")
     return [
         *((not getattr(args, name), f"--{name} is needed") for name in needed),
         *((args.adapter and getattr(args, name) is not None,
-           f"--{name}: the adapter of --adapter has its own, leave it out") for name in NEW_ADAPTER),
-        ((args.bits == 4 or args.adapter) and trains_base,
-         f"--train_type {args.train_type} trains the base: --bits 4 and --adapter are for use_lora"),
+           f"--{name}: the one of --adapter has its own, leave it out") for name in NEW_ADAPTER),
+        (whole and (args.bits == 4 or args.adapter),
+         f"--train_type {args.train_type} trains the base: --bits 4 and --adapter are for "
+         "use_lora"),
         (reports and not importlib.util.find_spec(args.report_to),
          f"--report_to {args.report_to}: not installed, `pip install {args.report_to}`"),
         (reports and not args.output_dir, "--report_to needs --output_dir"),
