@@ -26,7 +26,6 @@ transformers/optimization.py, ZeRO (arXiv:1910.02054).
 """
 
 import argparse
-import contextlib
 import datetime
 import functools
 import importlib.util
@@ -1466,6 +1465,8 @@ def start_processes(args):
         deepspeed.init_distributed()
     elif os.environ["WORLD_SIZE"] != "1":
         raise ValueError("many processes need --deepspeed ds_zero2.json, or ds_zero3.json")
+    if os.environ["RANK"] != "0":
+        sys.stdout = open(os.devnull, "w")  # the first one speaks for all
 
 
 def main(argv=None) -> int:
@@ -1478,9 +1479,7 @@ def main(argv=None) -> int:
         start_processes(args)
         for number in () if args.eval_only else (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             handlers[number] = signal.signal(number, lambda number, _: signals.append(number))
-        with open(os.devnull, "w") as quiet, contextlib.redirect_stdout(
-                sys.stdout if os.environ["RANK"] == "0" else quiet):
-            return evaluate_only(args) if args.eval_only else train(args, config, signals)
+        return evaluate_only(args) if args.eval_only else train(args, config, signals)
     except (ValueError, OSError) as error:
         if os.environ.get("RANK", "0") == "0" or not isinstance(error, Agreed):
             print(f"train.py: {llava.one_line(error)}", file=sys.stderr)
