@@ -3335,6 +3335,7 @@ def test_each_train_type_moves_its_modules_and_no_other(world, tmp_path, train_t
 
 STAGE_1 = dict(train_type="projector")
 LORA = dict(train_type="use_lora", lora_r=4, lora_alpha=8, learning_rate=1e-2, mm_projector_lr=1e-3)
+OWN = dict(lora_r=None, lora_alpha=None)  # what an adapter that is there has already
 
 
 @pytest.mark.parametrize("kind", [{}, {"bf16": True}, LORA, {**LORA, "bits": 4}, STAGE_1])
@@ -3691,7 +3692,7 @@ def test_the_best_of_a_lora_run_is_a_complete_adapter(world, tmp_path, overfitti
     flags = overfitting | LORA | {"max_steps": 6, "early_stopping_patience": None}
     _, output, _ = run(world, tmp_path / "a", **flags)
     best = tmp_path / "a" / "best"
-    again = {"adapter": best, "eval_only": True, "version": "own", "data_path": None}
+    again = OWN | {"adapter": best, "eval_only": True, "version": "own", "data_path": None}
     status, _, error = run(
         world, tmp_path / "b", **flags | again | {"train_type": None, "output_dir": tmp_path / "b"}
     )
@@ -3749,7 +3750,7 @@ def test_the_sheet_tells_right_from_wrong_without_colour_and_nothing_leaves_its_
     wrong = train.draw_samples([answers[0] | {"right": False}], rows, "title")
     score = train.draw_samples([answers[0] | {"right": False, "vqa_accuracy": 0.3}], rows, "title")
     assert plain.tobytes() == score.tobytes() != wrong.tobytes()
-    dark = [greys(sheet)[420:] < 200 for sheet in (plain, wrong)]  # the two marks, less their colour
+    dark = [greys(sheet)[420:] < 200 for sheet in (plain, wrong)]  # the two words, less their colour
     assert (dark[0] != dark[1]).sum() > 100
     for some in (answers, [answers[2] | long] * 3, [answers[1]], []):
         pixels = greys(train.draw_samples(some, rows, "title"))
@@ -3801,10 +3802,13 @@ def test_each_evaluation_leaves_pictures_and_the_exact_text(world, tmp_path, mon
 def test_a_log_takes_back_the_lines_behind_a_checkpoint(tmp_path):
     """And the line that a kill cut short; an answer may hold what Python takes for ends of lines."""
     rows = [{"step": s, "prediction": "a\u2028b\x85\n\r\x0c"} for s in (1, 2, 2, 3)]
-    train.Log(tmp_path, -1, 0, train.Attempts()).write("predictions.jsonl", *rows)
+    train.append(tmp_path / "predictions.jsonl", *rows)
     with open(tmp_path / "predictions.jsonl", "a") as file:
         file.write('{"step": 1, "pred')
-    assert train.Log(tmp_path, 2, 0, train.Attempts()).read("predictions.jsonl") == rows[:3]
+    attempt = train.Attempts()
+    train.open_log(parsed("full"), "id", 2, attempt, tmp_path)
+    lines = train.whole_lines(tmp_path / "predictions.jsonl")
+    assert [json.loads(line) for line in lines] == rows[:3] and not attempt.faults
 
 
 def test_progress_is_one_line_of_80_columns_in_a_terminal_and_whole_lines_in_a_file(
@@ -3817,9 +3821,9 @@ def test_progress_is_one_line_of_80_columns_in_a_terminal_and_whole_lines_in_a_f
     with open(terminal, "w") as stderr, monkeypatch.context() as patch:
         patch.setattr(sys, "stderr", stderr)
         bar = train.Progress(50_000, 12_345, 0)
-        bar.bar.start_t -= 0.25  # seconds of a step
+        bar.start_t -= 0.25  # seconds of a step
         bar.show(m, True)
-        shown = str(bar.bar)
+        shown = str(bar)
     os.close(monitor)
     text = "loss 0.123 lr2e-05 12k/s sup12% pad12% wait12% mfu12% 140G"
     assert re.fullmatch(r"12346/50000 \d:\d\d:\d\d " + text, shown.strip()) and len(shown) < 80
@@ -3833,7 +3837,10 @@ def test_progress_is_one_line_of_80_columns_in_a_terminal_and_whole_lines_in_a_f
 
 @pytest.mark.parametrize("kind", ["tensorboard", "wandb"])
 def test_reports_go_to_tensorboard_or_wandb(world, tmp_path, monkeypatch, kind):
-    """To stand-ins for both, which note what they are told; and one line says what to install."""
+    """To stand-ins for both, which note what they are told; and one line says what to install.
+
+    What such a library raises stops the run in one line, on all ranks: see Attempts.
+    """
     flags = dict(validation_data_path=world / "rows.json", max_steps=2, report_to=kind)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     error = io.StringIO()
@@ -3859,7 +3866,7 @@ def test_reports_go_to_tensorboard_or_wandb(world, tmp_path, monkeypatch, kind):
         raise module.Error("No API key configured.\nUse `wandb login`.")
 
     module.SummaryWriter, module.Error, module.init = Writer, KeyError, no_account
-    module.Table = module.Image = lambda *args: args
+    module.Table, module.Image = lambda *args: args, lambda picture: (picture.size, picture)
     monkeypatch.setitem(sys.modules, "wandb" if kind == "wandb" else "torch.utils.tensorboard", module)
     if kind == "wandb":
         status, _, error = run(world, tmp_path / "none", **flags)
@@ -3870,6 +3877,15 @@ def test_reports_go_to_tensorboard_or_wandb(world, tmp_path, monkeypatch, kind):
     for m in metrics_of(tmp_path / "a"):
         assert all(scalars[name, m["step"]] == value for name, value in m.items() if name != "step")
     assert {("answers", 0), ("samples", 0), ("samples", 2)} <= scalars.keys()
+
+    def fails(*args, **options):
+        raise KeyError("the service is gone")
+
+    Run.log = Writer.flush = fails
+    for n, only_training in enumerate((dict(validation_data_path=None), {})):
+        Writer.__init__ = lambda *args, **options: None
+        status, _, error = run(world, tmp_path / f"gone{n}", **flags | only_training)
+        assert status == 2 and error.count("\n") == 1 and "the service is gone" in error
 # --- many processes ---
 
 
@@ -4713,12 +4729,14 @@ def test_an_adapter_goes_on_learning_and_4_bits_are_for_lora_only(world, tmp_pat
         run(
             world,
             tmp_path / "b",
-            **LORA | dict(max_steps=3, adapter=tmp_path / "a" / "final", warmup_ratio=0),
+            **LORA | OWN | dict(max_steps=3, adapter=tmp_path / "a" / "final", warmup_ratio=0),
         )[0]
         == 0
     )
     assert losses_of(tmp_path / "b")[0] < losses_of(tmp_path / "a")[0]
-    for wrong in (dict(bits=8), dict(bits=4), dict(adapter=tmp_path / "a" / "final")):
+    adapter = dict(adapter=tmp_path / "a" / "final")
+    shapes = [LORA | adapter | OWN | one for one in (dict(lora_r=128), dict(use_rslora=False))]
+    for wrong in (dict(bits=8), dict(bits=4), adapter, *shapes):
         with pytest.raises(SystemExit) as stop:
             run(world, tmp_path / "c", **wrong)
         assert stop.value.code == 2
@@ -4752,7 +4770,8 @@ def test_a_dry_run_measures_the_heaviest_step_and_writes_nothing(world, tmp_path
     trial = train.Trial(np.array([[2, 3], [0, 1]]), lengths, 50, "cpu")
     assert trial.plan.tolist() == [[2, 3], [2, 3], [0, 1]]
     trial.seconds = [99, 7, 3]  # 0.1 seconds a token, and 50 tokens a step on average
-    assert "50 steps take 0:04:10" in trial.report(nn.Linear(1, 1))
+    said = trial.report({"gradients": 3 * 2**30, "moments": 2 * 2**30})
+    assert "50 steps take 0:04:10" in said and "5.00 gradients and moments" in said
 
 
 @pytest.mark.long

@@ -15,7 +15,8 @@ micro-batches on each of `world` processes. Its loss is
 
     sum over all supervised tokens of the window / their number
 
-so any split of the same rows, and any padding, gives the same gradients.
+so any split of the same rows, and any padding, gives the same gradients. `train` is the loop; what
+it calls stands above it.
 
 With --bf16, weights and activations are bf16, gradients are added up in fp32, and what trains has
 an fp32 master copy, which the optimizer updates and checkpoints hold. Without it all is fp32.
@@ -25,8 +26,8 @@ transformers/optimization.py, ZeRO (arXiv:1910.02054).
 """
 
 import argparse
-import contextlib
 import datetime
+import functools
 import importlib.util
 import json
 import math
@@ -45,8 +46,9 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from safetensors import SafetensorError
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
@@ -64,6 +66,8 @@ TRAIN_TYPES = {
     "use_lora": (["multi_modal_projector"], 2e-4, 16, "own"),
 }
 LORA_PROJECTOR_LR = 2e-5  # published too: the projector has learnt already, the adapters have not
+NEW_ADAPTER = {"lora_r": 128, "lora_alpha": 256, "lora_dropout": 0.05,
+               "lora_target_modules": llava.DECODER, "use_rslora": False}
 
 
 # --- model, schedule, parameter groups ---
@@ -101,23 +105,15 @@ def load_model(args, source: Path, device: str, stage: int = 0):
     return model
 
 
-def save_adapter(model, text, state: dict, folder: Path, source: Path):
-    """Writes what a LoRA run trains, in PEFT's format, and the template that it trains with."""
+def write_result(model, args, text, source: Path, state: dict, folder: Path):
+    """What was trained, as a new folder: an adapter in PEFT's format, or else a whole model."""
+    if args.train_type != "use_lora":  # `plain` is for training only: it is no folder's template
+        llava.save_pretrained(
+            model, folder, source, text.chat_template, state, args.image_aspect_ratio)
+        return
     lora.save(model, folder, source, llava.transformers_name, ["multi_modal_projector"], state)
     if text.chat_template:
         (folder / "chat_template.jinja").write_text(text.chat_template)
-
-
-def save_result(model, args, text, state: dict, source: Path, out: Path):
-    """Writes what was trained, a model folder or an adapter, beside `out`, and renames it."""
-    part = out.with_name(out.name + ".new")
-    shutil.rmtree(part, ignore_errors=True)  # of a run that died while it saved
-    if args.train_type == "use_lora":
-        save_adapter(model, text, state, part, source)
-    else:  # `plain` is for training only: it leaves the folder's template as it is
-        llava.save_pretrained(
-            model, part, source, text.chat_template, state, args.image_aspect_ratio)
-    replace_folder(part, out)
 
 
 def schedule(step: int, total_steps: int, warmup_steps: int, kind: str) -> float:
@@ -390,7 +386,7 @@ class Questions(Dataset):
         for i in range(count):
             try:
                 turns, _ = data.parse_record(rows.records[i])
-            except ValueError:  # counted, or raised, by `take_faults` already
+            except ValueError:  # counted, or raised, with the losses already
                 continue
             answers = sum(turn["role"] == "assistant" for turn in turns)
             self.asked += [(i, k) for k in range(answers)]
@@ -442,17 +438,17 @@ def eval_batches(dataset, engine, args, collate, device):
 
 
 @torch.no_grad()
-def evaluate(model, dataset, engine, collate, args, device) -> tuple[dict, list[dict]]:
+def evaluate(model, dataset, engine, collate, args, device, step=0) -> tuple[dict, list[dict]]:
     """Token-weighted loss and accuracy over all rows, and greedy answers to the questions of the
     first `eval_samples`: ({name: figure}, [{row, id, question, answer, prediction, right}]); the
-    same on any number of processes.
+    same on any number of processes. `step` is the one that the model is at.
 
     An answer is asked for with the true turns before it as its context, as in training.
     """
     model.eval()
     sums, faults = np.zeros(3), []  # loss, tokens predicted right, tokens
     for batch in eval_batches(dataset, engine, args, collate, device):
-        faults += take_faults([batch])
+        faults += batch["faults"]  # why rows could not be used
         loss, right = model(*to_device(batch, device))
         sums += loss.item(), right.item(), (batch["labels"] >= 0).sum().item()
     loss, right, tokens, faulty = engine.all_reduce(*sums.tolist(), len(faults))
@@ -460,34 +456,33 @@ def evaluate(model, dataset, engine, collate, args, device) -> tuple[dict, list[
     if not tokens or not math.isfinite(loss):
         raise Agreed(f"{dataset.records.path}: " + (
             f"the loss on its rows is {loss}" if tokens else "none of its rows can be used"))
-    metrics = {"eval_loss": loss / tokens, "eval_token_accuracy": right / tokens}
+    metrics = {"step": step, "eval_loss": loss / tokens, "eval_token_accuracy": right / tokens}
     count = len(dataset) if args.eval_samples < 0 else min(args.eval_samples, len(dataset))
     questions = Questions(dataset, count)
     answers = []
     for batch in eval_batches(questions, engine, args, collate, device):
         answers += answer(model, batch, questions, engine, args, device)
     answers = [a for _, a in sorted(engine.gather(answers), key=lambda pair: pair[0])]
-    kinds = sorted({a["kind"] for a in answers if "kind" in a})
-    of_kind = {f"/{kind}": [a for a in answers if a.get("kind") == kind] for kind in kinds}
-    for name, some in {"": answers, **of_kind}.items():
-        if some:
-            metrics[f"eval_exact_match{name}"] = sum(a["right"] for a in some) / len(some)
-    scores = [a["vqa_accuracy"] for a in answers if "vqa_accuracy" in a]
-    if scores:
-        metrics["eval_vqa_accuracy"] = sum(scores) / len(scores)
-    return metrics, answers
+    scores = {}
+    for a in answers:
+        scores.setdefault("eval_exact_match", []).append(a["right"])
+        if "kind" in a:
+            scores.setdefault(f"eval_exact_match/{a['kind']}", []).append(a["right"])
+        if "vqa_accuracy" in a:
+            scores.setdefault("eval_vqa_accuracy", []).append(a["vqa_accuracy"])
+    means = {name: sum(some) / len(some) for name, some in sorted(scores.items())}
+    return metrics | means, answers
 
 
 def answer(model, batch: dict, questions: Questions, engine, args, device) -> list[tuple]:
     """Greedy answers to a batch of questions, with their numbers: [(j, {id, question, ...})]."""
-    lengths, (_, width) = torch.tensor(batch["lengths"]), batch["input_ids"].shape
-    shift = torch.arange(width)[None] - (width - lengths)[:, None]  # (B, T): padding to the left
-    ids = batch["input_ids"].gather(1, shift.clamp(min=0)).where(shift >= 0, 0)
+    prompts = [ids[:n] for ids, n in zip(batch["input_ids"], batch["lengths"])]
+    ids, mask = (pad_sequence(rows, batch_first=True, padding_side="left").to(device)
+                 for rows in (prompts, [torch.ones_like(ids) for ids in prompts]))
     text = questions.rows.text
     new = model.generate(
-        ids.to(device), batch["pixel_values"].to(device), (shift >= 0).long().to(device),
-        max_new_tokens=args.max_new_tokens, eos_token_id=text.stop_ids, do_sample=False,
-        synced_gpus=engine.world > 1)
+        ids, batch["pixel_values"].to(device), mask, max_new_tokens=args.max_new_tokens,
+        eos_token_id=text.stop_ids, do_sample=False, synced_gpus=engine.world > 1)
     answers = []
     for j, words in zip(batch["rows"], text.tokenizer.batch_decode(new, skip_special_tokens=True)):
         if j >= 0:
@@ -548,25 +543,28 @@ def open_run(args) -> tuple[str, list[Path]]:
 
 
 class Attempts:
-    """Writes whose failure (a full disk, say) is kept until all ranks hear of it and stop together:
-    one that raised alone would leave the others waiting. The one `except` in training.
+    """What one rank does for itself, a write mostly, whose failure (a full disk, say) is kept until
+    all ranks hear of it and stop together: one that raised alone would leave the others waiting.
+    The one `except` in training.
     """
 
     def __init__(self):
         self.faults = []
 
-    def __call__(self, write, *args, **options):
+    def __call__(self, do, *args, **options):
+        """do(*args), whose last argument is the path that it writes to; None where that fails."""
         try:
-            write(*args, **options)
-        except (OSError, RuntimeError, SafetensorError) as error:
-            self.faults.append(f"{args[-1]}: not written ({llava.one_line(error)[:200]}); "
-                               "the checkpoints before it stay")
+            return do(*args, **options)
+        except Exception as error:  # --report_to hands on whatever its library raises
+            reason = f"{type(error).__name__}: {llava.one_line(error)[:200]}"
+            self.faults.append(
+                f"{args[-1]}: not written ({reason}); the checkpoints before it stay")
 
 
-def save_checkpoint(engine, out: Path, progress: dict, limit: int, attempt, write_adapter=None):
+def save_checkpoint(engine, out: Path, progress: dict, limit: int, attempt, write=None):
     """All that a run needs to go on bit for bit, written aside, then renamed; `limit` are kept.
 
-    `write_adapter(state, folder)` makes that of a LoRA run a complete adapter, too.
+    `write(state, folder)` makes that of a LoRA run a complete adapter, too.
     """
     target = out / f"checkpoint-{progress['step']}"
     part = target.with_suffix(".part")
@@ -576,9 +574,9 @@ def save_checkpoint(engine, out: Path, progress: dict, limit: int, attempt, writ
     cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
     rng = {"cpu": torch.get_rng_state(), "cuda": cuda}
     attempt(torch.save, rng, part / f"rng-{engine.rank}.pt")
-    state = engine.state(frozen=False) if write_adapter else None  # on every rank: it gathers
-    if write_adapter and engine.rank == 0:
-        attempt(write_adapter, state, part)
+    state = engine.state(frozen=False) if write else None  # on every rank: it gathers
+    if write and engine.rank == 0:
+        attempt(write, state, part)
     engine.agree(attempt.faults)  # every rank has written its share
     if engine.rank == 0:
         attempt(publish_checkpoint, progress, limit, target)
@@ -593,7 +591,7 @@ def publish_checkpoint(progress: dict, limit: int, target: Path):
     replace_file(json.dumps({**progress, "files": files}), part / "progress.json")
     replace_folder(part, target)
     for old in checkpoints(target.parent)[:-limit] if limit > 0 else []:
-        remove_folder(old)
+        shutil.rmtree(old)  # cut short, it is a damaged one, which `load_checkpoint` passes over
 
 
 def damage(folder: Path, rank: int, world: int) -> list[str]:
@@ -643,12 +641,12 @@ def load_checkpoint(engine, folders: list[Path], run_id: str) -> dict:
     return progress
 
 
-def remove_folder(folder: Path):
-    """Deletes a folder so that, cut short, it is not mistaken for a whole one: renamed first."""
-    gone = folder.with_name(folder.name + ".old")
-    shutil.rmtree(gone, ignore_errors=True)
-    folder.rename(gone)
-    shutil.rmtree(gone)
+def save_result(write, state: dict, out: Path):
+    """Has write(state, folder) make a folder beside `out`, and renames it."""
+    part = out.with_name(out.name + ".new")
+    shutil.rmtree(part, ignore_errors=True)  # of a run that died while it saved
+    write(state, part)
+    replace_folder(part, out)
 
 
 def replace_folder(part: Path, out: Path):
@@ -661,81 +659,19 @@ def replace_folder(part: Path, out: Path):
     shutil.rmtree(gone, ignore_errors=True)
 
 
-def replace_file(text: str, path: Path):
-    """Writes a file whole, or leaves it as it was."""
+def replace_file(content: str | Image.Image, path: Path):
+    """Writes a text or a picture whole, or leaves the file as it was."""
     part = path.with_name(path.name + ".part")
-    part.write_text(text)
+    part.write_text(content) if isinstance(content, str) else content.save(part, "PNG")
     part.replace(path)
-
-
-def replace_picture(picture: Image.Image, path: Path):
-    part = path.with_name(path.name + ".part")
-    picture.save(part, "PNG")
-    part.replace(path)
-
-
-def append(text: str, path: Path):
-    # Half a surrogate pair is no UTF-8; so written, it is JSON's escape for it.
-    with open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
-        file.write(text)
-
-
-class Log:
-    """metrics.jsonl and predictions.jsonl, written by rank 0. A run that goes on from `step` takes
-    back the lines behind it.
-    """
-
-    def __init__(self, out: Path, step: int, rank: int, attempt):
-        self.out, self.rank, self.attempt = out, rank, attempt
-        for path in (out / "metrics.jsonl", out / "predictions.jsonl") if rank == 0 else ():
-            # Split at "\n" alone: answers may hold other ends of lines. The last may be cut short.
-            lines = path.read_text().split("\n")[:-1] if path.exists() else []
-            kept = [line + "\n" for line in lines if json.loads(line)["step"] <= step]
-            self.attempt(replace_file, "".join(kept), path)
-
-    def read(self, name: str) -> list[dict]:
-        return [json.loads(line) for line in (self.out / name).read_text().split("\n")[:-1]]
-
-    def write(self, name: str, *rows: dict):
-        if self.rank == 0:
-            lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            self.attempt(append, lines, self.out / name)
-
-
-class StopRequest:
-    """SIGTERM, SIGINT, SIGUSR1, or a file `stop` in the output folder: the loop saves and ends."""
-
-    signals = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-
-    def __enter__(self):
-        self.signalled, self.file = False, Path(os.devnull, "none")
-        self.before = [signal.signal(number, self._set) for number in self.signals]
-        return self
-
-    def __exit__(self, *_):
-        for number, handler in zip(self.signals, self.before):
-            signal.signal(number, handler)
-
-    def _set(self, *_):
-        self.signalled = True
-
-    def watch(self, out: Path):
-        self.file = out / "stop"
-        self.file.unlink(missing_ok=True)  # an earlier run's
-
-    def requested(self) -> bool:
-        return self.signalled or self.file.exists()
 
 
 # --- what people see ---
 
 
 def describe(model, args, steps_per_epoch: int, total_steps: int, rows: int, world: int,
-             stage: int):
-    """Prints what trains, the batch arithmetic, and what memory of a process follows from both.
-
-    ZeRO shares out among `world` processes: stage 2 what the optimizer needs, 3 the weights too.
-    """
+             held: dict):
+    """Prints what trains, the batch arithmetic, and what memory of a process follows from both."""
     print(f"{'module':<24}{'parameters':>16}{'trainable':>16}  dtype")
     for name, part in model.named_children():
         count = lora.count(part.parameters())
@@ -746,15 +682,22 @@ def describe(model, args, steps_per_epoch: int, total_steps: int, rows: int, wor
     print(f"batch: {micro} rows x {accumulation} accumulated x {world} processes = "
           f"{micro * accumulation * world} rows a step")
     print(f"steps: {rows:,} rows, {steps_per_epoch:,} steps an epoch, {total_steps:,} in all")
+    print("memory: " + ", ".join(f"{what} {size / 2**20:,.1f} MiB" for what, size in held.items()),
+          flush=True)
+
+
+def bytes_held(model, args, world: int, stage: int) -> dict:
+    """What a process holds between steps, by arithmetic, {what: bytes}.
+
+    ZeRO shares out among `world` processes: stage 2 what the optimizer needs, 3 the weights too.
+    """
     weights = sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in model.parameters())
     training = lora.count(p for p in model.parameters() if p.requires_grad)
     training /= world if stage >= 2 else 1
     weights /= world if stage == 3 else 1
     masters = args.bf16 or stage > 0  # DeepSpeed has fp32 masters of fp32 weights too
-    sizes = {"weights": weights, "masters": 4 * training * masters, "gradients": 4 * training,
-             "moments": 8 * training}
-    print("memory: " + ", ".join(f"{what} {size / 2**20:,.1f} MiB" for what, size in sizes.items()),
-          flush=True)
+    return {"weights": weights, "masters": 4 * training * masters, "gradients": 4 * training,
+            "moments": 8 * training}
 
 
 def count_weights(model) -> list[tuple]:
@@ -792,14 +735,20 @@ def count_flops(model, weights: list[tuple], batch: dict) -> int:
 
 
 def matmul_rate(device: str, dtype) -> float:
-    """The device's best rate in products of square matrices, in FLOP/s: what MFU is a share of."""
+    """The device's best rate in products of square matrices, in FLOP/s: what MFU is a share of.
+
+    Ten products are timed at once, so that a GPU's start and wait hardly count.
+    """
     n, seconds = 4096 if device == "cuda" else 512, []
-    a = torch.ones(n, n, device=device, dtype=dtype)  # drawing would shift dropout's numbers
-    for _ in range(5):
+    own = torch.Generator(device)  # the default would draw from dropout's
+    a = torch.randn(n, n, generator=own, device=device, dtype=dtype)
+    for _ in range(3):
         began = time.perf_counter()
-        (a @ a).sum().item()
+        for _ in range(10):
+            a @ a
+        torch.get_device_module(device).synchronize()
         seconds.append(time.perf_counter() - began)
-    return 2 * n**3 / min(seconds)
+    return 20 * n**3 / min(seconds)
 
 
 def peak_gib(device: str) -> float:
@@ -809,35 +758,44 @@ def peak_gib(device: str) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-class Progress:
+class Progress(tqdm):
     """One line that moves in a terminal, whole lines in a log file; either has 80 columns."""
 
     def __init__(self, total: int, done: int, rank: int):
-        self.bar = tqdm(total=total, initial=done, dynamic_ncols=True,
-                        disable=rank > 0 or not sys.stderr.isatty(),
-                        bar_format="{n_fmt}/{total_fmt} {remaining} {desc}")
+        super().__init__(total=total, initial=done, dynamic_ncols=True,
+                         disable=rank > 0 or not sys.stderr.isatty(),
+                         bar_format="{n_fmt}/{total_fmt} {remaining} {desc}")
 
     def show(self, m: dict, log: bool):
         speed, peak = (f"{x:.{int(x < 10)}f}" for x in (m["tokens_per_s"] / 1000, m["peak_gib"]))
         text = (f"loss {m['loss']:.3f} lr{m['lr']:.0e} {speed}k/s "
                 f"sup{m['supervised']:.0%} pad{m['padded']:.0%} wait{m['waiting']:.0%} "
                 f"mfu{m['mfu']:.0%} {peak}G")
-        self.bar.set_description_str(text, refresh=False)
-        self.bar.update()
-        if log and self.bar.disable:
-            print(f"{m['step']}/{self.bar.total} {text}", flush=True)
+        self.set_description_str(text, refresh=False)
+        self.update()
+        if log and self.disable:
+            print(f"{m['step']}/{self.total} {text}", flush=True)
 
 
-def headline(step: int, metrics: dict) -> str:
-    figures = [f"{name.removeprefix('eval_').replace('_', ' ')} {value:.1%}"
-               for name, value in metrics.items() if name != "eval_loss" and "/" not in name]
-    return ", ".join([f"step {step}: validation loss {metrics['eval_loss']:.4f}", *figures])
+def visible(text: str, lacks=lambda character: False) -> str:
+    """A text with escapes for control characters and the like, and for what a font `lacks`."""
+    return "".join(c if c.isspace() or c.isprintable() and not lacks(c) else
+                   c.encode("unicode_escape").decode() for c in text)
 
 
-def report(step: int, metrics: dict, answers: list[dict]):
+def headline(m: dict) -> str:
+    """The figures of an evaluation in a line, but for those of single kinds of questions."""
+    shares = [f"{name.removeprefix('eval_').replace('_', ' ')} {value:.1%}"
+              for name, value in m.items()
+              if name not in ("step", "eval_loss") and "/" not in name]
+    return ", ".join([f"step {m['step']}: validation loss {m['eval_loss']:.4f}", *shares])
+
+
+def report(m: dict, answers: list[dict]):
     """Prints an evaluation: its figures, and a few questions with what was said and expected."""
-    kinds = [f"{name.split('/')[1]} {value:.1%}" for name, value in metrics.items() if "/" in name]
-    texts = [headline(step, metrics), *([", ".join(kinds)] if kinds else [])]
+    texts = [headline(m)]
+    if kinds := [f"{name.split('/')[1]} {value:.1%}" for name, value in m.items() if "/" in name]:
+        texts.append(", ".join(kinds))
     for a in answers[:: max(1, len(answers) // 4)][:4]:
         question, expected, said = (textwrap.shorten(
             visible(a[key].replace(data.IMAGE, "")), 80, placeholder="...")
@@ -847,71 +805,15 @@ def report(step: int, metrics: dict, answers: list[dict]):
         tqdm.write(textwrap.fill(text, 80, initial_indent="  " * (k > 0), subsequent_indent="    "))
 
 
-def visible(text: str, lacks=lambda character: False) -> str:
-    """A text with escapes for control characters and the like, and for what a font `lacks`."""
-    return "".join(c if c.isspace() or c.isprintable() and not lacks(c) else
-                   c.encode("unicode_escape").decode() for c in text)
-
-
-def publish(log, tell, step: int, metrics: dict, answers: list[dict], rows: data.LlavaDataset):
-    """Shows an evaluation to all who look: files, pictures, --report_to."""
-    log.write("metrics.jsonl", {"step": step, **metrics})
-    log.write("predictions.jsonl", *({"step": step, **a} for a in answers))
-    if log.rank == 0:
-        log.attempt(publish_pictures, log, tell, step, metrics, answers, rows, log.out)
-
-
-def publish_pictures(log, tell, step: int, metrics: dict, answers: list[dict], rows, out: Path):
-    sheet = draw_samples(answers, rows, headline(step, metrics))
-    replace_picture(sheet, out / "samples.png")
-    replace_picture(draw_curves(log.read("metrics.jsonl")), out / "curves.png")
-    tell(step, metrics, answers, sheet)
-
-
-def open_reporter(kind: str, args, run_id: str, step: int):
-    """A function (step, figures, answers, sheet) that shows these in TensorBoard, in Weights &
-    Biases or nowhere, for a run that goes on from `step`.
-    """
-    out = Path(args.output_dir or "")
-    if kind == "tensorboard":
-        from torch.utils.tensorboard import SummaryWriter
-        writer = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1)
-
-        def tell(step, figures, answers=(), sheet=None):
-            for name, value in figures.items():
-                writer.add_scalar(name, value, step)
-            if sheet:
-                writer.add_text("answers", "\n\n".join(
-                    f"{a['question']} > {a['prediction']} ({a['answer']})" for a in answers), step)
-                writer.add_image("samples", np.asarray(sheet), step, dataformats="HWC")
-            writer.flush()
-    elif kind == "wandb":
-        import wandb
-        try:
-            run = wandb.init(project="llava", name=out.name, dir=out, id=run_id, resume="allow",
-                             config=vars(args))
-        except wandb.Error as error:
-            raise ValueError(f"--report_to wandb: {llava.one_line(error)} (WANDB_MODE=offline "
-                             "needs no account)") from None
-        columns = ["id", "question", "answer", "prediction", "right"]
-
-        def tell(step, figures, answers=(), sheet=None):
-            rows = [[str(a[key]) for key in columns] for a in answers]
-            shown = {"answers": wandb.Table(columns, rows), "samples": wandb.Image(sheet)}
-            run.log({**figures, **(shown if sheet else {})}, step=step)
-    else:
-        def tell(*_):
-            pass
-    return tell
-
-
 # samples.png and curves.png: right and wrong, and the lines, differ in more than colour.
 INK, GREY, MAT, GOOD, BAD, BLUE = "#1a1a1a", "#606060", "#c4c8cc", "#00795c", "#c44601", "#0b62a4"
-LINES = {  # name, colour, corners of its marks; the first two are losses
-    "loss": ("training", BLUE, 0), "eval_loss": ("validation", BAD, 24),
-    "token_accuracy": ("training tokens", BLUE, 0),
-    "eval_token_accuracy": ("validation tokens", BAD, 24),
-    "eval_exact_match": ("exact match", GOOD, 4), "eval_vqa_accuracy": ("VQA", INK, 3)}
+LOSSES = {"loss": ("training", BLUE, 0),  # a line's name, its colour, the corners of its marks
+          "eval_loss": ("validation", BAD, 24)}
+ACCURACIES = {"token_accuracy": ("training tokens", BLUE, 0),
+              "eval_token_accuracy": ("validation tokens", BAD, 24),
+              "eval_exact_match": ("exact match", GOOD, 4),
+              "eval_vqa_accuracy": ("VQA", INK, 3)}
+LADDER = [k * 10.0**e for e in range(-3, 9) for k in (1, 2, 5)]  # where ticks may stand
 
 
 def fit(text: str, font, width: int, most: int) -> list[str]:
@@ -928,101 +830,166 @@ def fit(text: str, font, width: int, most: int) -> list[str]:
 
 
 def draw_samples(answers: list[dict], rows: data.LlavaDataset, title: str) -> Image.Image:
-    """A sheet of up to twelve questions with their pictures, what was expected and what was said.
-
-    Right (or of a VQA score above zero) is a tick in a disc, wrong a cross in a square.
-    """
-    font, line, wide, high, gap = ImageFont.load_default(26), 34, 480, 320, 48
+    """A sheet of up to twelve questions with their pictures, what was expected and predicted."""
     shown = [answers[i * len(answers) // 12] for i in range(12)] if len(answers) > 12 else answers
-    texts = [[fit(a["question"].replace(data.IMAGE, " "), font, wide, 4),
-              fit(f"expected: {a['answer']}", font, wide, 3),
-              fit(f"predicted: {a['prediction']}", font, wide - 40, 3)] for a in shown]
-    tops = [2 * gap]
+    sheet, y = Image.new("RGB", (1632, 3200), "white"), 96
+    ImageDraw.Draw(sheet).text((48, 24), title, INK, ImageFont.load_default(26))
     for k in range(0, len(shown), 3):
-        tops.append(tops[-1] + high + gap + line * max(len(sum(t, [])) for t in texts[k:k + 3]))
-    sheet = Image.new("RGB", (gap + 3 * (wide + gap), tops[-1]), "white")
-    pen = ImageDraw.Draw(sheet)
-    pen.text((gap, gap // 2), title, INK, font)
-    for k, (a, (question, expected, said)) in enumerate(zip(shown, texts)):
-        x, y = gap + k % 3 * (wide + gap), tops[k // 3]
-        draw_pictures(sheet, (x, y, wide, high), rows, a["row"], font)
-        y += high + 8
-        for lines, colour in ((question, INK), (expected, GREY)):
-            pen.multiline_text((x, y), "\n".join(lines), colour, font, spacing=8)
-            y += line * len(lines)
-        right = a.get("vqa_accuracy", a["right"]) > 0
-        shape, box = pen.ellipse if right else pen.rectangle, (x, y + 2, x + 27, y + 29)
-        shape(box, GOOD if right else BAD)
-        for stroke in ([7, 14, 12, 20, 21, 8],) if right else ([8, 8, 20, 20], [8, 20, 20, 8]):
-            pen.line([n + (x, y + 2)[i % 2] for i, n in enumerate(stroke)], "white", 4)
-        pen.multiline_text((x + 40, y), "\n".join(said), INK, font, spacing=8)
-    return sheet
+        y = 48 + max(draw_card(sheet, 48 + 528 * i, y, a, rows)
+                     for i, a in enumerate(shown[k:k + 3]))
+    return sheet.crop((0, 0, sheet.width, y))
 
 
-def draw_pictures(sheet, box: tuple, rows: data.LlavaDataset, i: int, font):
-    """A row's pictures side by side in a box (left, top, width, height)."""
-    left, top, width, height = box
-    pen, names = ImageDraw.Draw(sheet), data.image_list(rows.records[i])
-    pen.rectangle((left, top, left + width - 1, top + height - 1), MAT)
-    if not names:
-        pen.text((left + width / 2, top + height / 2), "no picture", INK, font, "mm")
-    place = width // max(1, len(names))
+def draw_card(sheet, x: int, y: int, a: dict, rows: data.LlavaDataset) -> int:
+    """One question, 480 pixels wide, below its first eight pictures; returns where it ends.
+
+    An answer with a VQA score above zero counts as right.
+    """
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(26)
+    names = data.image_list(rows.records[a["row"]])[:8]
+    pen.rectangle((x, y, x + 479, y + 319), MAT)
     for k, name in enumerate(names):
-        picture = data.decode_picture(rows.pictures.read(name), name)
-        shrink = min((place - 8) / picture.width, (height - 8) / picture.height)
-        picture = picture.resize([max(1, round(n * shrink)) for n in picture.size])
-        sheet.paste(picture, (left + k * place + (place - picture.width) // 2,
-                              top + (height - picture.height) // 2))
+        picture, width = data.decode_picture(rows.pictures.read(name), name), 480 // len(names)
+        picture = ImageOps.pad(picture, (width - 8, 312), color=MAT)
+        sheet.paste(picture, (x + k * width + 4, y + 4))
+    if not names:
+        pen.text((x + 240, y + 160), "no picture", INK, font, "mm")
+    y += 328
+    right = a.get("vqa_accuracy", a["right"]) > 0
+    for text, colour in ((a["question"].replace(data.IMAGE, " "), INK),
+                         (f"expected: {a['answer']}", GREY),
+                         (f"{'right' if right else 'wrong'}: {a['prediction']}",
+                          GOOD if right else BAD)):
+        lines = fit(text, font, 480, 3)
+        pen.multiline_text((x, y), "\n".join(lines), colour, font, spacing=8)
+        y += 34 * len(lines)
+    return y
 
 
 def draw_curves(metrics: list[dict]) -> Image.Image:
-    """Loss, on a log scale, and accuracies over steps; a dashed line where the loss is best."""
-    sheet, losses = Image.new("RGB", (1760, 620), "white"), list(LINES)[:2]
-    ladder = [k * 10.0**e for e in range(-3, 9) for k in (1, 2, 5)]
-    values = [m[key] for m in metrics for key in losses if key in m]
-    low = max(n for n in ladder if n <= max(min(values), ladder[0]))
-    high = min(n for n in ladder if n > max(low, *values))
-    ticks = {n: f"{n:g}" for n in ladder if low <= n <= high}
-    draw_panel(sheet, 100, "loss (log scale)", metrics, losses, ticks, math.log)
+    """Losses, on a log scale, and accuracies over steps; an upright line where the loss is best."""
+    sheet = Image.new("RGB", (1760, 620), "white")
+    values = [m[key] for m in metrics for key in LOSSES if key in m]
+    low = max(n for n in LADDER if n <= max(min(values), LADDER[0]))
+    high = min(n for n in LADDER if n > max(low, *values))
+
+    def log_scale(loss):
+        return math.log(max(loss, low) / low) / math.log(high / low)
+
+    ticks = {n: f"{n:g}" for n in LADDER if low <= n <= high}
+    draw_panel(sheet, 100, "loss (log scale)", metrics, LOSSES, ticks, log_scale)
     ticks = {n / 100: f"{n}%" for n in range(0, 101, 20)}
-    draw_panel(sheet, 970, "accuracy", metrics, list(LINES)[2:], ticks, float)
+    draw_panel(sheet, 970, "accuracy", metrics, ACCURACIES, ticks, float)
     return sheet
 
 
-def draw_panel(sheet, left: int, title: str, metrics: list[dict], keys, ticks: dict, scale):
-    """Axes, legend and lines of some figures, 740 x 400 pixels; ticks {value: label}."""
+def draw_panel(sheet, left: int, title: str, metrics: list[dict], lines: dict, ticks: dict, scale):
+    """Axes, legend and lines of some figures, 740 x 400 pixels; ticks {value: label}, and `scale`
+    makes of a value its share of the height.
+    """
     pen, font, last = ImageDraw.Draw(sheet), ImageFont.load_default(24), metrics[-1]["step"] or 1
-    floor, roof = min(ticks), max(ticks)
 
     def at(step, value):
-        share = (scale(max(value, floor)) - scale(floor)) / (scale(roof) - scale(floor))
-        return left + 740 * step / last, 530 - 400 * share
+        return left + 740 * step / last, 530 - 400 * scale(value)
 
+    pen.text((left, 20), title, INK, font)
     for value, label in ticks.items():
         pen.line([at(0, value), at(last, value)], "#dddddd", 2)
         pen.text((left - 12, at(0, value)[1]), label, INK, font, "rm")
-    gap = next(k * 10**e for e in range(9) for k in (1, 2, 5) if last <= 6 * k * 10**e)
-    for step in range(0, last + 1, gap):
-        pen.text((at(step, floor)[0], 542), f"{step:,}", INK, font, "ma")
+    for step in range(0, last + 1, int(next(n for n in LADDER if n >= max(1, last / 6)))):
+        pen.text((at(step, 1)[0], 542), f"{step:,}", INK, font, "ma")
     pen.text((left + 370, 580), "step", INK, font, "ma")
-    best, x = min((m["eval_loss"], m["step"]) for m in metrics if "eval_loss" in m)[1], left
-    for y in range(130, 530, 20):
-        pen.line([at(best, floor)[0], y, at(best, floor)[0], y + 10], GREY, 2)
-    pen.text((left, 20), title, INK, font)
-    pen.text((left + 740, 20), f"best loss at step {best:,} (dashed)", GREY, font, "ra")
-    for key in keys:
-        name, colour, corners = LINES[key]
-        found = [(m["step"], m[key]) for m in metrics if key in m]
-        share = 1 if corners else len(found) // 120 + 1  # training's are many, and noisy: means
-        groups = [np.mean(found[k:k + share], axis=0) for k in range(0, len(found), share)]
-        line, sample = [at(*group) for group in groups], [(x, 78), (x + 15, 78), (x + 30, 78)]
-        for points, marked in ((line, line), (sample, sample[1:2])) if found else ():
-            pen.line(points, colour, 3)
-            for point in marked if corners else ():
-                pen.regular_polygon((*point, 8), corners, fill=colour)
-        if found:
+    best = min((m["eval_loss"], m["step"]) for m in metrics if "eval_loss" in m)[1]
+    pen.line([at(best, value) for value in ticks], GREY, 2)
+    pen.text((left + 740, 20), f"best loss at step {best:,} (upright line)", GREY, font, "ra")
+    x = left
+    for key, (name, colour, corners) in lines.items():
+        if found := [(m["step"], m[key]) for m in metrics if key in m]:
+            share = 1 if corners else len(found) // 120 + 1  # training's are many, and noisy: means
+            groups = [np.mean(found[k:k + share], axis=0) for k in range(0, len(found), share)]
+            for points in [at(*group) for group in groups], [(x + 6, 78), (x + 26, 78)]:
+                pen.line(points, colour, 3)
+                for point in points if corners else ():
+                    pen.regular_polygon((*point, 8), corners, fill=colour)
             pen.text((x + 40, 64), name, INK, font)
             x += 60 + font.getlength(name)
+
+
+def open_reporter(args, run_id: str, step: int, out: Path):
+    """A function (figures, answers, sheet) that shows these in TensorBoard, in Weights & Biases or
+    nowhere, for a run that goes on from `step`.
+    """
+    if args.report_to == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
+        writer = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1)
+
+        def tell(m, answers, sheet):
+            for name, value in m.items():
+                writer.add_scalar(name, value, m["step"])
+            if sheet:
+                writer.add_text("answers", "\n\n".join(
+                    f"{a['question']} > {a['prediction']} ({a['answer']})" for a in answers),
+                    m["step"])
+                writer.add_image("samples", np.asarray(sheet), m["step"], dataformats="HWC")
+            writer.flush()
+    elif args.report_to == "wandb":
+        import wandb
+        try:
+            run = wandb.init(project="llava", name=out.name, dir=out, id=run_id, resume="allow",
+                             config=vars(args))
+        except wandb.Error as error:
+            raise ValueError(f"--report_to wandb: {llava.one_line(error)} (WANDB_MODE=offline "
+                             "needs no account)") from None
+        columns = ["id", "question", "answer", "prediction", "right"]
+
+        def tell(m, answers, sheet):
+            if sheet:
+                rows = [[str(a[key]) for key in columns] for a in answers]
+                m = {**m, "answers": wandb.Table(columns, rows), "samples": wandb.Image(sheet)}
+            run.log(m, step=m["step"])
+    else:
+        def tell(*_):
+            pass
+    return tell
+
+
+def append(path: Path, *rows: dict):
+    # Half a surrogate pair is no UTF-8; so written, it is JSON's escape for it.
+    with open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def whole_lines(path: Path) -> list[str]:
+    """Split at "\n" alone: answers may hold other ends of lines. The last may be cut short."""
+    return path.read_text().split("\n")[:-1] if path.exists() else []
+
+
+def open_log(args, run_id: str, step: int, attempt, out: Path):
+    """Begins the folder of a run, or takes back the lines behind `step`, from where it goes on.
+
+    Returns log(m, answers, rows), which shows a step's figures, or an evaluation's with its answers
+    to questions on `rows`, to all who look: files, pictures, --report_to.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    if not (out / "run.json").exists():  # what `open_run` looks for
+        replace_file(json.dumps({"id": run_id, "args": vars(args)}, indent=2), out / "run.json")
+    for path in (out / "metrics.jsonl", out / "predictions.jsonl"):
+        kept = [line + "\n" for line in whole_lines(path) if json.loads(line)["step"] <= step]
+        replace_file("".join(kept), path)
+    tell = open_reporter(args, run_id, step, out)
+
+    def show(m, answers, rows, out):
+        sheet = None
+        append(out / "metrics.jsonl", m)
+        if rows:
+            append(out / "predictions.jsonl", *({"step": m["step"], **a} for a in answers))
+            sheet = draw_samples(answers, rows, headline(m))
+            replace_file(sheet, out / "samples.png")
+            metrics = [json.loads(line) for line in whole_lines(out / "metrics.jsonl")]
+            replace_file(draw_curves(metrics), out / "curves.png")
+        tell(m, answers, sheet)
+
+    return lambda m, answers=(), rows=None: attempt(show, m, answers, rows, out)
 
 
 def summarize(args, progress: dict, total_steps: int, source: Path):
@@ -1032,11 +999,9 @@ def summarize(args, progress: dict, total_steps: int, source: Path):
     print(f"done after step {step}{early if step < total_steps else ''}: {out}/final")
     best = min(losses, key=losses.get, default=step)
     if losses:
-        before, *_, last = losses.values()
-        gains = [f"{loss - losses[best]:.4f} below the {place}"
-                 for place, loss in (("first", before), ("last", last))]
-        print(f"best at step {best}: validation loss {losses[best]:.4f}, {' and '.join(gains)}:\n"
-              f"  {out}/best")
+        (first, *_, last), lowest = losses.values(), losses[best]
+        print(f"best at step {best}: validation loss {lowest:.4f}, {first - lowest:.4f} below the "
+              f"first and {last - lowest:.4f} below the last:\n  {out}/best")
     folder = f"{out}/{'best' if best < step else 'final'}"
     folder = f"{source} --adapter {folder}" if args.train_type == "use_lora" else folder
     print(f"  python model.py chat --model_name_or_path {folder} --image FILE")
@@ -1078,9 +1043,9 @@ class Trial:
         self.total, self.seconds = size.mean() * total_steps, []
         self.device, self.before = device, peak_gib(device)
 
-    def report(self, model) -> str:
+    def report(self, held: dict) -> str:
         seconds = sum(self.seconds[1:]) / self.size[1:].sum() * self.total  # the first one warms up
-        training = 12 * lora.count(p for p in model.parameters() if p.requires_grad) / 2**30
+        training = (held["gradients"] + held["moments"]) / 2**30
         peak = peak_gib(self.device)
         return (f"dry run: peak {peak:.2f} GiB, of it {self.before:.2f} before the first step, "
                 f"{training:.2f} gradients and moments, {peak - self.before - training:.2f} "
@@ -1109,11 +1074,6 @@ def numbers_of(window: list[dict]) -> tuple:
             sum(batch["labels"].numel() for batch in window),
             sum(row >= 0 for batch in window for row in batch["rows"]),
             sum(batch["cut"] for batch in window))
-
-
-def take_faults(batches: list[dict]) -> list[str]:
-    """Why rows of these batches could not be used."""
-    return [fault for batch in batches for fault in batch["faults"]]
 
 
 def handle_faults(faults: list[str], everywhere: int, engine, args):
@@ -1168,18 +1128,18 @@ def evaluate_only(args) -> int:
     model = load_model(args, source, device)
     collate = data.Collator(model.config.image_token_id, model.tokens_per_picture)
     metrics, answers = evaluate(model, rows, Alone(), collate, args, device)
-    report(0, metrics, answers)
+    report(metrics, answers)
     if out:
-        out.mkdir(parents=True, exist_ok=True)
-        tell, attempt = open_reporter(args.report_to, args, secrets.token_hex(8), -1), Attempts()
-        publish(Log(out, -1, 0, attempt), tell, 0, metrics, answers, rows)
+        attempt = Attempts()
+        if log := attempt(open_log, args, secrets.token_hex(8), -1, attempt, out):
+            log(metrics, answers, rows)
         Alone().agree(attempt.faults)
     return 0
 
 
-def train(args, config: dict | None, stop: StopRequest) -> int:
+def train(args, config: dict | None, signals: list) -> int:
     """Trains, or goes on training, with DeepSpeed's `config` or alone; 0 when it is done, 3 when it
-    was asked to stop.
+    was asked to stop: by `signals`, which fills as they come, or by a file `stop` in `output_dir`.
     """
     torch.manual_seed(args.seed)
     device, out = "cuda" if torch.cuda.is_available() else "cpu", Path(args.output_dir)
@@ -1200,19 +1160,18 @@ def train(args, config: dict | None, stop: StopRequest) -> int:
     # The arithmetic of batches and steps.
     rows, accumulation = train_set.records, args.gradient_accumulation_steps
     global_batch = args.per_device_train_batch_size * accumulation * engine.world
-
-    def steps_of(epoch):
-        return data.plan_epoch(rows.lengths, rows.has_picture, global_batch, args.seed, epoch,
-                               args.group_by_modality_length)
-
+    steps_of = functools.partial(data.plan_epoch, rows.lengths, rows.has_picture, global_batch,
+                                 args.seed, by_modality=args.group_by_modality_length)
     steps_per_epoch = len(steps_of(0))
     total_steps = math.ceil(steps_per_epoch * args.num_train_epochs)
     total_steps = args.max_steps if args.max_steps > 0 else total_steps
     warmup_steps = math.ceil(args.warmup_ratio * total_steps)
-    describe(model, args, steps_per_epoch, total_steps, len(rows), engine.world, stage)
+    eval_steps = args.eval_steps if args.eval_steps > 0 else steps_per_epoch
+    held = bytes_held(model, args, engine.world, stage)
+    describe(model, args, steps_per_epoch, total_steps, len(rows), engine.world, held)
     trial = Trial(steps_of(0), rows.lengths, total_steps, device) if args.dry_run else None
     if trial:
-        steps_of, eval_set, args.save_steps = lambda epoch: trial.plan, None, -1
+        steps_of, eval_set = lambda epoch: trial.plan, None
         total_steps = steps_per_epoch = len(trial.plan)
 
     # The run begins, or goes on.
@@ -1220,25 +1179,33 @@ def train(args, config: dict | None, stop: StopRequest) -> int:
                 "evaluations": []}  # step and loss of each
     if found:
         progress = load_checkpoint(engine, found, run_id)
-    begins_at, attempt = progress["step"] if found else -1, Attempts()
-    if engine.rank == 0 and not (out / "run.json").exists() and not trial:
-        run = json.dumps({"id": run_id, "args": vars(args)}, indent=2)
-        attempt(os.makedirs, out, exist_ok=True)
-        attempt(replace_file, run, out / "run.json")
-    log = Log(out, begins_at, 1 if trial else engine.rank, attempt)
+    attempt, log = Attempts(), lambda *_: None
+    if engine.rank == 0 and not trial:
+        log = attempt(open_log, args, run_id, progress["step"] if found else -1, attempt, out)
     engine.agree(attempt.faults)
-    stop.watch(out)
-    quiet = trial or engine.rank > 0
-    tell = open_reporter("none" if quiet else args.report_to, args, run_id, begins_at)
+    stop_file = out / "stop"
+    stop_file.unlink(missing_ok=True)  # an earlier run's
+    write = functools.partial(write_result, model, args, text, source)
     bar = Progress(total_steps, progress["step"], engine.rank)
     rate, weights = matmul_rate(device, next(model.parameters()).dtype), count_weights(model)
     first_window, stopping = FirstWindow(model), False
     training_mode(model)
 
+    def windows(step):
+        """The micro-batches of this rank for each step from `step` on, epoch after epoch."""
+        epoch, start = divmod(step, steps_per_epoch)
+        while True:
+            micro = data.micro_batches(
+                steps_of(epoch), accumulation, engine.world, engine.rank, start)
+            batches = iter(loader(train_set, micro, collate, args, device))
+            yield from zip(*[batches] * accumulation)  # as many at a time
+            epoch, start = epoch + 1, 0
+
     def validate():
-        metrics, answers = evaluate(model, eval_set, engine, collate, args, device)
-        report(progress["step"], metrics, answers)
-        publish(log, tell, progress["step"], metrics, answers, eval_set)
+        metrics, answers = evaluate(
+            model, eval_set, engine, collate, args, device, progress["step"])
+        report(metrics, answers)
+        log(metrics, answers, eval_set)
         progress["evaluations"].append([progress["step"], metrics["eval_loss"]])
         if since_best(progress) == 0:
             save("best")
@@ -1251,81 +1218,71 @@ def train(args, config: dict | None, stop: StopRequest) -> int:
     def save(name):
         state = engine.state(frozen=args.train_type != "use_lora")  # on every rank: it gathers
         if engine.rank == 0:
-            attempt(save_result, model, args, text, state, source, out / name)
+            attempt(save_result, write, state, out / name)
         engine.agree(attempt.faults)
-
-    def write_adapter(state, folder):
-        save_adapter(model, text, state, folder, source)
 
     if eval_set and not found:
         validate()
+    steps = windows(progress["step"])
     while not over() and not stopping:
-        epoch, start = divmod(progress["step"], steps_per_epoch)
-        batches = iter(loader(
-            train_set, data.micro_batches(
-                steps_of(epoch), accumulation, engine.world, engine.rank, start),
-            collate, args, device))
-        for _ in range(min(steps_per_epoch - start, total_steps - progress["step"])):
-            # The whole window is fetched first: its loss is divided by all its supervised tokens.
-            began = time.perf_counter()
-            window = [next(batches) for _ in range(accumulation)]
-            waited, faults = time.perf_counter() - began, take_faults(window)
-            supervised, tokens, padded, count, cut, skipped, stopping, failed = engine.all_reduce(
-                *numbers_of(window), len(faults), stop.requested(), len(attempt.faults))
-            if failed:
-                engine.agree(attempt.faults)
-            handle_faults(faults, skipped, engine, args)
-            progress["skipped"] += int(skipped)
-            progress["cut"] += int(cut)
+        # The whole window is fetched first: its loss is divided by all its supervised tokens.
+        began = time.perf_counter()
+        window = next(steps)
+        waited = time.perf_counter() - began
+        faults = [fault for batch in window for fault in batch["faults"]]
+        supervised, tokens, padded, count, cut, skipped, stopping, failed = engine.all_reduce(
+            *numbers_of(window), len(faults), bool(signals) or stop_file.exists(),
+            len(attempt.faults))
+        if failed:
+            engine.agree(attempt.faults)
+        handle_faults(faults, skipped, engine, args)
 
-            sums = torch.zeros(2, dtype=torch.float64, device=device)  # loss, tokens right
-            for i, batch in enumerate(window):  # `world`, as DeepSpeed averages over the ranks
-                loss, right = engine.forward(*to_device(batch, device))
-                engine.backward(loss * engine.world / max(supervised, 1), i == accumulation - 1)
-                sums += torch.stack([loss.detach(), right])
-            loss, right = (x / max(supervised, 1) for x in engine.all_reduce(*sums.tolist()))
-            check_finite("loss", loss, progress, window, rows, engine)
-            if first_window:
-                first_window = first_window.check(engine)  # None: once is enough
-            factor = schedule(progress["step"], total_steps, warmup_steps, args.lr_scheduler_type)
-            grad_norm = engine.step(factor)
-            check_finite("norm of the gradient", grad_norm, progress, window, rows, engine)
-            progress["step"] += 1
+        sums = torch.zeros(2, dtype=torch.float64, device=device)  # loss, tokens right
+        for i, batch in enumerate(window):  # `world`, as DeepSpeed averages over the ranks
+            loss, right = engine.forward(*to_device(batch, device))
+            engine.backward(loss * engine.world / max(supervised, 1), i == accumulation - 1)
+            sums += torch.stack([loss.detach(), right])
+        loss, right = (x / max(supervised, 1) for x in engine.all_reduce(*sums.tolist()))
+        check_finite("loss", loss, progress, window, rows, engine)
+        if first_window:
+            first_window = first_window.check(engine)  # None: once is enough
+        factor = schedule(progress["step"], total_steps, warmup_steps, args.lr_scheduler_type)
+        grad_norm = engine.step(factor)
+        check_finite("norm of the gradient", grad_norm, progress, window, rows, engine)
+        progress["step"] += 1
+        progress["skipped"] += int(skipped)
+        progress["cut"] += int(cut)
 
-            step, seconds = progress["step"], time.perf_counter() - began
-            metrics = {
-                "step": step, "epoch": step / steps_per_epoch, "loss": loss,
-                "token_accuracy": right, "lr": args.learning_rate * factor,
-                "grad_norm": grad_norm, "tokens_per_s": tokens / seconds,
-                "samples_per_s": count / seconds, "supervised": supervised / tokens,
-                "padded": 1 - tokens / padded, "waiting": waited / seconds,
-                "mfu": sum(count_flops(model, weights, batch) for batch in window) / seconds / rate,
-                "peak_gib": peak_gib(device)}
-            eval_steps = args.eval_steps if args.eval_steps > 0 else steps_per_epoch
-            to_log = step % args.logging_steps == 0 or step == total_steps
-            bar.show(metrics, to_log)
-            if to_log:
-                log.write("metrics.jsonl", metrics)
-                tell(step, metrics)
-            if trial:
-                trial.seconds.append(seconds)
-            if eval_set and (step % eval_steps == 0 or step == total_steps):
-                validate()
-            if step in (steps_per_epoch, total_steps) and progress["skipped"] + progress["cut"]:
-                tqdm.write(f"{progress['skipped']} rows were skipped, {progress['cut']} cut short")
-            if not trial and (stopping or args.save_steps > 0 and step % args.save_steps == 0):
-                save_checkpoint(engine, out, progress, args.save_total_limit, attempt,
-                                write_adapter if args.train_type == "use_lora" else None)
-            if stopping or over():
-                break
-    bar.bar.close()
-    if trial and over():
-        print(trial.report(model))
-        return 0
+        step, seconds = progress["step"], time.perf_counter() - began
+        metrics = {
+            "step": step, "epoch": step / steps_per_epoch, "loss": loss, "token_accuracy": right,
+            "lr": args.learning_rate * factor, "grad_norm": grad_norm,
+            "tokens_per_s": tokens / seconds, "samples_per_s": count / seconds,
+            "supervised": supervised / tokens, "padded": 1 - tokens / padded,
+            "waiting": waited / seconds,
+            "mfu": sum(count_flops(model, weights, batch) for batch in window) / seconds / rate,
+            "peak_gib": peak_gib(device)}
+        to_log = step % args.logging_steps == 0 or step == total_steps
+        bar.show(metrics, to_log)
+        if to_log:
+            log(metrics)
+        if trial:
+            trial.seconds.append(seconds)
+        if eval_set and (step % eval_steps == 0 or step == total_steps):
+            validate()
+        if step in (steps_per_epoch, total_steps) and progress["skipped"] + progress["cut"]:
+            tqdm.write(f"{progress['skipped']} rows were skipped, {progress['cut']} cut short")
+        if not trial and (stopping or args.save_steps > 0 and step % args.save_steps == 0):
+            save_checkpoint(engine, out, progress, args.save_total_limit, attempt,
+                            write if args.train_type == "use_lora" else None)
+    bar.close()
     if not over():
         print(f"stopped after step {progress['step']} of {total_steps}: go on with "
               "--resume_from_checkpoint latest")
         return 3
+    if trial:
+        print(trial.report(held))
+        return 0
     save("final")
     summarize(args, progress, total_steps, source)
     return 0
@@ -1383,12 +1340,11 @@ def parse(argv) -> argparse.Namespace:
     add("--train_type", choices=list(TRAIN_TYPES), help="what trains")
     add("--bits", type=int, choices=[16, 4], default=16, help="4: the decoder in nf4 (QLoRA)")
     add("--adapter", help="an adapter to evaluate, or to train on from")
-    add("--lora_r", type=int, default=128, help="rank")
-    add("--lora_alpha", type=float, default=256, help="its output counts alpha / r times")
-    add("--lora_dropout", type=number(float, 0, 0.99), default=0.05,
-        help="share of its inputs that is dropped")
-    add("--lora_target_modules", default=llava.DECODER, help="regular expression on whole paths")
-    add("--use_rslora", **flag, default=False, help="alpha / sqrt(r) instead of alpha / r")
+    add("--lora_r", type=int, help="rank of a new adapter")
+    add("--lora_alpha", type=float, help="its output counts alpha / r times")
+    add("--lora_dropout", type=number(float, 0, 0.99), help="share of its inputs that is dropped")
+    add("--lora_target_modules", help="regular expression on whole paths")
+    add("--use_rslora", **flag, help="alpha / sqrt(r) instead of alpha / r")
     add("--num_train_epochs", type=number(float, 1e-6, 1e6), default=1.0, help="passes over rows")
     add("--max_steps", type=int, default=-1, help="optimizer steps; -1: as the epochs say")
     add("--per_device_train_batch_size", type=count, help="rows of a micro-batch")
@@ -1434,35 +1390,46 @@ def parse(argv) -> argparse.Namespace:
     for name, (same, instead) in LLAVA_FLAGS.items():
         if (value := vars(args).pop(name.removeprefix("--"))) != same:
             parser.error(f"{name} {value}: use {instead}")
-    for name in ("validation_data_path",) if args.eval_only else ("data_path", "output_dir",
-                                                                  "train_type"):
-        if not getattr(args, name):
-            parser.error(f"--{name} is needed")
-    if (args.bits == 4 or args.adapter) and args.train_type not in (None, "use_lora"):
-        parser.error(f"--train_type {args.train_type} trains the base: --bits 4 and --adapter are "
-                     "for use_lora")
-    if args.report_to != "none" and not importlib.util.find_spec(args.report_to):
-        parser.error(f"--report_to {args.report_to}: not installed, `pip install {args.report_to}`")
-    if args.report_to != "none" and not args.output_dir:
-        parser.error("--report_to needs --output_dir")
-    if args.early_stopping_patience and not args.validation_data_path:
-        parser.error("--early_stopping_patience needs --validation_data_path")
-    if args.offload != "none" and not args.deepspeed:
-        parser.error(f"--offload {args.offload} needs --deepspeed ds_zero2.json, or ds_zero3.json")
-    if args.eval_only and (args.dry_run or args.resume_from_checkpoint):
-        parser.error("--eval_only trains nothing: leave --dry_run and --resume_from_checkpoint out")
-    if args.eval_only and args.deepspeed:
-        parser.error("--eval_only is for one process: leave --deepspeed out")
+    for wrong, message in contradictions(args):
+        if wrong:
+            parser.error(message)
     _, published, micro, version = TRAIN_TYPES[args.train_type or "freeze_vision"]
     given = args.learning_rate if args.learning_rate is not None else published
-    for name, default in (
-        ("version", version), ("learning_rate", published), ("per_device_train_batch_size", micro),
-        ("mm_projector_lr", LORA_PROJECTOR_LR if args.train_type == "use_lora" else given),
-        ("mm_vision_tower_lr", given), ("gradient_checkpointing", args.train_type != "projector"),
-    ):
+    defaults = {
+        "version": version, "learning_rate": published, "per_device_train_batch_size": micro,
+        "mm_projector_lr": LORA_PROJECTOR_LR if args.train_type == "use_lora" else given,
+        "mm_vision_tower_lr": given, "gradient_checkpointing": args.train_type != "projector",
+        **({} if args.adapter else NEW_ADAPTER)}
+    for name, default in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, default)
     return args
+
+
+def contradictions(args) -> list[tuple]:
+    """(whether it is so, what to say of it) of flags that are missing or do not go together."""
+    needed = (["validation_data_path"] if args.eval_only else
+              ["data_path", "output_dir", "train_type"])
+    reports, whole = args.report_to != "none", args.train_type not in (None, "use_lora")
+    return [
+        *((not getattr(args, name), f"--{name} is needed") for name in needed),
+        *((args.adapter and getattr(args, name) is not None,
+           f"--{name}: the one of --adapter has its own, leave it out") for name in NEW_ADAPTER),
+        (whole and (args.bits == 4 or args.adapter),
+         f"--train_type {args.train_type} trains the base: --bits 4 and --adapter are for "
+         "use_lora"),
+        (reports and not importlib.util.find_spec(args.report_to),
+         f"--report_to {args.report_to}: not installed, `pip install {args.report_to}`"),
+        (reports and not args.output_dir, "--report_to needs --output_dir"),
+        (args.early_stopping_patience and not args.validation_data_path,
+         "--early_stopping_patience needs --validation_data_path"),
+        (args.offload != "none" and not args.deepspeed,
+         f"--offload {args.offload} needs --deepspeed ds_zero2.json, or ds_zero3.json"),
+        (args.eval_only and (args.dry_run or args.resume_from_checkpoint),
+         "--eval_only trains nothing: leave --dry_run and --resume_from_checkpoint out"),
+        (args.eval_only and args.deepspeed,
+         "--eval_only is for one process: leave --deepspeed out"),
+    ]
 
 
 def less_memory(args) -> str:
@@ -1498,19 +1465,21 @@ def start_processes(args):
         deepspeed.init_distributed()
     elif os.environ["WORLD_SIZE"] != "1":
         raise ValueError("many processes need --deepspeed ds_zero2.json, or ds_zero3.json")
+    if os.environ["RANK"] != "0":
+        sys.stdout = open(os.devnull, "w")  # the first one speaks for all
 
 
 def main(argv=None) -> int:
     args = parse(argv)
     transformers_logging.set_verbosity_error()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    signals, handlers = [], {}
     try:
         config = deepspeed_config(args) if args.deepspeed else None
         start_processes(args)
-        catch = contextlib.nullcontext() if args.eval_only else StopRequest()
-        with catch as stop, open(os.devnull, "w") as quiet:
-            with contextlib.redirect_stdout(sys.stdout if os.environ["RANK"] == "0" else quiet):
-                return evaluate_only(args) if args.eval_only else train(args, config, stop)
+        for number in () if args.eval_only else (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            handlers[number] = signal.signal(number, lambda number, _: signals.append(number))
+        return evaluate_only(args) if args.eval_only else train(args, config, signals)
     except (ValueError, OSError) as error:
         if os.environ.get("RANK", "0") == "0" or not isinstance(error, Agreed):
             print(f"train.py: {llava.one_line(error)}", file=sys.stderr)
@@ -1521,6 +1490,8 @@ def main(argv=None) -> int:
         print(f"train.py: out of memory: {less_memory(args)}", file=sys.stderr)
         return 2
     finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
         if dist.is_initialized():
             dist.destroy_process_group()
 
