@@ -68,8 +68,9 @@ class LoRA(nn.Module):
         scale, dtype = self.scale, self.lora_A.dtype
         if self.training and self.dropout.p:
             x, scale = self.drop(x), scale / (1 - self.dropout.p)
-        out = AddProduct.apply(y.to(dtype), x.to(dtype), self.lora_A, self.lora_B, scale)
-        return out.to(y.dtype)
+        # What a custom function returns as a view, as 4-bit layers do, must not be written to.
+        total = (y.clone() if y._is_view() else y).to(dtype)
+        return AddProduct.apply(total, x.to(dtype), self.lora_A, self.lora_B, scale).to(y.dtype)
 
     def drop(self, x):
         """x with some of it zero; the layers that read the same tensor get the same, drawn once.
