@@ -411,7 +411,9 @@ def load_weights(model: Llava, tensors: dict, where: str, dtype=None, quantize=N
         tensors.pop(f"{layer}.weight"), tensors.pop(f"{layer}.bias", None)
     for name, tensor in tensors.items():
         path, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(path), leaf, nn.Parameter(tensor.to(dtype or tensor.dtype)))
+        # In 4 bits, copies: one tensor still mapped would keep the pages of all that are packed now.
+        tensor = tensor.to(dtype or tensor.dtype, copy=quantize is not None)
+        setattr(model.get_submodule(path), leaf, nn.Parameter(tensor))
     if model.config.tie_word_embeddings:
         embeddings = model.language_model.get_input_embeddings()
         model.language_model.get_output_embeddings().weight = embeddings.weight
