@@ -36,6 +36,7 @@ import resource
 import secrets
 import shutil
 import signal
+import subprocess
 import sys
 import textwrap
 import time
@@ -224,7 +225,7 @@ class Plain(Alone):
         attempt(torch.save, {"weights": self.state(), "optimizer": self.optimizer.state_dict()},
                 folder / "state.pt")
 
-    def load(self, folder: Path):
+    def load(self, folder: Path, world: int):
         saved = torch.load(folder / "state.pt", weights_only=True)
         for name, master in self.state().items():
             master.copy_(saved["weights"][name])
@@ -313,9 +314,41 @@ class ZeRO(Alone):
         self.engine.save_checkpoint(str(folder), tag="state", exclude_frozen_parameters=True,
                                     save_latest=False)
 
-    def load(self, folder: Path):
+    def load(self, folder: Path, world: int):
         """NOTE: DeepSpeed unpickles its files, so only checkpoints of this very run come here."""
-        self.engine.load_checkpoint(str(folder), tag="state", load_module_strict=False)
+        if world == self.world:
+            self.engine.load_checkpoint(str(folder), tag="state", load_module_strict=False)
+        else:
+            self._load_universal(folder)
+
+    def _load_universal(self, folder: Path):
+        """What another number of processes wrote, through DeepSpeed's form for any number."""
+        universal, attempt = folder.with_suffix(".universal"), Attempts()
+        groups = [{key: value for key, value in group.items() if key != "params"}
+                  for group in self.optimizer.param_groups]
+        if self.rank == 0:
+            attempt(make_universal, folder / "state", universal / "state")
+        self.agree(attempt.faults)
+        self.engine._config.load_universal_checkpoint = True
+        self.engine.load_checkpoint(str(universal), tag="state")
+        # Stage 3 has given all groups what the first one has, and one counter of steps to all.
+        for group, own in zip(self.optimizer.param_groups, groups):
+            group.update(own)
+        for p, state in self.optimizer.state.items():
+            state["step"] = state["step"].to(p.device, copy=True)
+        dist.barrier()  # all have read it
+        if self.rank == 0:
+            shutil.rmtree(universal)
+
+
+def make_universal(state: Path, out: Path):
+    """Writes what DeepSpeed's processes have saved anew: whole, in a folder for each weight."""
+    shutil.rmtree(out, ignore_errors=True)  # of a run that died meanwhile
+    done = subprocess.run(
+        [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state",
+         "--input_folder", state, "--output_folder", out], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(done.stderr.strip().split("\n")[-1])
 
 
 OFFLOADED = {"none": [], "optimizer": ["offload_optimizer"],
@@ -502,10 +535,11 @@ def answer(model, batch: dict, questions: Questions, engine, args, device) -> li
 
 # --- a run on disk ---
 
-# Flags that may differ between a run and its continuation: they change nothing that is learnt.
+# Flags that may differ between a run and its continuation: they change nothing that is learnt, as
+# long as a step has as many rows.
 FREE_FLAGS = {"output_dir", "resume_from_checkpoint", "dataloader_num_workers", "logging_steps",
               "save_steps", "save_total_limit", "per_device_eval_batch_size", "local_rank",
-              "report_to"}
+              "report_to", "per_device_train_batch_size", "gradient_accumulation_steps"}
 
 
 def checkpoints(out: Path) -> list[Path]:
@@ -520,7 +554,7 @@ def check_empty(out: Path):
         raise ValueError(f"--output_dir {out}: not empty, and no run; name a new folder")
 
 
-def open_run(args) -> tuple[str, list[Path]]:
+def open_run(args, global_batch: int) -> tuple[str, list[Path]]:
     """The id of the run in `output_dir`, and the checkpoints to go on from, the best one last.
 
     Raises ValueError where `output_dir` is the source, another run's, or something else.
@@ -542,6 +576,9 @@ def open_run(args) -> tuple[str, list[Path]]:
         if name not in FREE_FLAGS and run.get("args", {}).get(name) != value:
             raise ValueError(f"--output_dir {out} holds a run with --{name} "
                              f"{run['args'].get(name)}, not {value}: name a new folder")
+    if run.get("global_batch") != global_batch:
+        raise Agreed(f"--output_dir {out} holds a run of {run.get('global_batch')} rows a step, "
+                     f"not {global_batch}: change --gradient_accumulation_steps")
     if args.resume_from_checkpoint == "latest":
         return run["id"], checkpoints(out)
     return run["id"], [Path(args.resume_from_checkpoint)]
@@ -616,8 +653,11 @@ def damage(folder: Path, rank: int, world: int) -> list[str]:
     return []
 
 
-def load_checkpoint(engine, folders: list[Path], run_id: str) -> dict:
-    """Restores the last of these checkpoints that is whole, and returns its progress."""
+def load_checkpoint(engine, folders: list[Path], run_id: str, seed: int) -> dict:
+    """Restores the last of these checkpoints that is whole, and returns its progress.
+
+    If other processes wrote it, as to their number, these draw dropout from `seed` and the step.
+    """
     for folder in reversed(folders):
         if not (folder / "progress.json").is_file():
             raise FileNotFoundError(f"--resume_from_checkpoint {folder}: no checkpoint there")
@@ -631,14 +671,17 @@ def load_checkpoint(engine, folders: list[Path], run_id: str) -> dict:
     del progress["files"]
     if progress["run"] != run_id:
         raise ValueError(f"--resume_from_checkpoint {folder}: another run's; it takes only its own")
-    if progress["world"] != engine.world:
-        raise ValueError(f"--resume_from_checkpoint {folder}: written by {progress['world']} "
-                         f"processes, and these are {engine.world}: start as many")
-    engine.load(folder)
-    rng = torch.load(folder / f"rng-{engine.rank}.pt", weights_only=True)
-    torch.set_rng_state(rng["cpu"])
-    if rng["cuda"] is not None:
-        torch.cuda.set_rng_state(rng["cuda"])
+    engine.load(folder, progress["world"])
+    if progress["world"] == engine.world:
+        rng = torch.load(folder / f"rng-{engine.rank}.pt", weights_only=True)
+        torch.set_rng_state(rng["cpu"])
+        if rng["cuda"] is not None:
+            torch.cuda.set_rng_state(rng["cuda"])
+    else:
+        print(f"written by {progress['world']} processes, and these are {engine.world}: dropout is "
+              "drawn anew")
+        torch.manual_seed(seed + engine.rank + progress["step"])
+        progress["world"] = engine.world
     print(f"going on from {folder}")
     return progress
 
@@ -1184,7 +1227,9 @@ def train(args, config: dict | None, stop: StopRequest) -> int:
     torch.manual_seed(args.seed)
     device, out = "cuda" if torch.cuda.is_available() else "cpu", Path(args.output_dir)
     source = llava.resolve(args.model_name_or_path)
-    run_id, found = open_run(args)
+    accumulation, world = args.gradient_accumulation_steps, int(os.environ["WORLD_SIZE"])
+    global_batch = args.per_device_train_batch_size * accumulation * world
+    run_id, found = open_run(args, global_batch)
     if (out / "final").is_dir():
         print(f"{out}: this run is complete")
         return 0
@@ -1198,8 +1243,7 @@ def train(args, config: dict | None, stop: StopRequest) -> int:
     engine = ZeRO(model, args, config) if config else Plain(model, args)
 
     # The arithmetic of batches and steps.
-    rows, accumulation = train_set.records, args.gradient_accumulation_steps
-    global_batch = args.per_device_train_batch_size * accumulation * engine.world
+    rows = train_set.records
 
     def steps_of(epoch):
         return data.plan_epoch(rows.lengths, rows.has_picture, global_batch, args.seed, epoch,
@@ -1219,12 +1263,12 @@ def train(args, config: dict | None, stop: StopRequest) -> int:
     progress = {"run": run_id, "world": engine.world, "step": 0, "skipped": 0, "cut": 0,
                 "evaluations": []}  # step and loss of each
     if found:
-        progress = load_checkpoint(engine, found, run_id)
+        progress = load_checkpoint(engine, found, run_id, args.seed)
     begins_at, attempt = progress["step"] if found else -1, Attempts()
     if engine.rank == 0 and not (out / "run.json").exists() and not trial:
-        run = json.dumps({"id": run_id, "args": vars(args)}, indent=2)
+        run = {"id": run_id, "global_batch": global_batch, "args": vars(args)}
         attempt(os.makedirs, out, exist_ok=True)
-        attempt(replace_file, run, out / "run.json")
+        attempt(replace_file, json.dumps(run, indent=2), out / "run.json")
     log = Log(out, begins_at, 1 if trial else engine.rank, attempt)
     engine.agree(attempt.faults)
     stop.watch(out)
@@ -1485,8 +1529,6 @@ def less_memory(args) -> str:
 
 def start_processes(args):
     """Joins the launcher's other processes; without a launcher, this is one of one."""
-    if args.deepspeed:  # it compiles with ninja, which lies beside python; ssh hands no PATH on
-        os.environ["PATH"] += f":{Path(sys.executable).parent}"
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
              "MASTER_PORT": "29500"}
     os.environ.update({name: os.environ.get(name, value) for name, value in alone.items()})
@@ -1495,6 +1537,8 @@ def start_processes(args):
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if args.deepspeed:
         import deepspeed
+        # gloo will do: compiling this, a run that is killed leaves a lock, and all later ones wait.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed()
     elif os.environ["WORLD_SIZE"] != "1":
         raise ValueError("many processes need --deepspeed ds_zero2.json, or ds_zero3.json")
