@@ -37,6 +37,7 @@ import resource
 import secrets
 import shutil
 import signal
+import subprocess
 import sys
 import textwrap
 import time
@@ -220,7 +221,7 @@ class Plain(Alone):
         attempt(torch.save, {"weights": self.state(), "optimizer": self.optimizer.state_dict()},
                 folder / "state.pt")
 
-    def load(self, folder: Path):
+    def load(self, folder: Path, world: int):
         saved = torch.load(folder / "state.pt", weights_only=True)
         for name, master in self.state().items():
             master.copy_(saved["weights"][name])
@@ -309,9 +310,41 @@ class ZeRO(Alone):
         self.engine.save_checkpoint(str(folder), tag="state", exclude_frozen_parameters=True,
                                     save_latest=False)
 
-    def load(self, folder: Path):
+    def load(self, folder: Path, world: int):
         """NOTE: DeepSpeed unpickles its files, so only checkpoints of this very run come here."""
-        self.engine.load_checkpoint(str(folder), tag="state", load_module_strict=False)
+        if world == self.world:
+            self.engine.load_checkpoint(str(folder), tag="state", load_module_strict=False)
+        else:
+            self._load_universal(folder)
+
+    def _load_universal(self, folder: Path):
+        """What another number of processes wrote, through DeepSpeed's form for any number."""
+        universal, attempt = folder.with_suffix(".universal"), Attempts()
+        groups = [{key: value for key, value in group.items() if key != "params"}
+                  for group in self.optimizer.param_groups]
+        if self.rank == 0:
+            attempt(make_universal, folder / "state", universal / "state")
+        self.agree(attempt.faults)
+        self.engine._config.load_universal_checkpoint = True
+        self.engine.load_checkpoint(str(universal), tag="state")
+        # Stage 3 has given all groups what the first one has, and one counter of steps to all.
+        for group, own in zip(self.optimizer.param_groups, groups):
+            group.update(own)
+        for p, state in self.optimizer.state.items():
+            state["step"] = state["step"].to(p.device, copy=True)
+        dist.barrier()  # all have read it
+        if self.rank == 0:
+            shutil.rmtree(universal)
+
+
+def make_universal(state: Path, out: Path):
+    """Writes what DeepSpeed's processes have saved anew: whole, in a folder for each weight."""
+    shutil.rmtree(out, ignore_errors=True)  # of a run that died meanwhile
+    done = subprocess.run(
+        [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state",
+         "--input_folder", state, "--output_folder", out], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(done.stderr.strip().split("\n")[-1])
 
 
 OFFLOADED = {"none": [], "optimizer": ["offload_optimizer"],
@@ -497,10 +530,11 @@ def answer(model, batch: dict, questions: Questions, engine, args, device) -> li
 
 # --- a run on disk ---
 
-# Flags that may differ between a run and its continuation: they change nothing that is learnt.
+# Flags that may differ between a run and its continuation: they change nothing that is learnt, as
+# long as a step has as many rows.
 FREE_FLAGS = {"output_dir", "resume_from_checkpoint", "dataloader_num_workers", "logging_steps",
               "save_steps", "save_total_limit", "per_device_eval_batch_size", "local_rank",
-              "report_to"}
+              "report_to", "per_device_train_batch_size", "gradient_accumulation_steps"}
 
 
 def checkpoints(out: Path) -> list[Path]:
@@ -513,6 +547,12 @@ def checkpoints(out: Path) -> list[Path]:
 def check_empty(out: Path):
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--output_dir {out}: not empty, and no run; name a new folder")
+
+
+def rows_a_step(args) -> int:
+    """The rows of a global batch."""
+    return (args.per_device_train_batch_size * args.gradient_accumulation_steps
+            * int(os.environ["WORLD_SIZE"]))
 
 
 def open_run(args) -> tuple[str, list[Path]]:
@@ -537,6 +577,9 @@ def open_run(args) -> tuple[str, list[Path]]:
         if name not in FREE_FLAGS and run.get("args", {}).get(name) != value:
             raise ValueError(f"--output_dir {out} holds a run with --{name} "
                              f"{run['args'].get(name)}, not {value}: name a new folder")
+    if run.get("rows_a_step") != rows_a_step(args):
+        raise Agreed(f"--output_dir {out} holds a run of {run.get('rows_a_step')} rows a step, "
+                     f"not {rows_a_step(args)}: change --gradient_accumulation_steps")
     if args.resume_from_checkpoint == "latest":
         return run["id"], checkpoints(out)
     return run["id"], [Path(args.resume_from_checkpoint)]
@@ -614,8 +657,11 @@ def damage(folder: Path, rank: int, world: int) -> list[str]:
     return []
 
 
-def load_checkpoint(engine, folders: list[Path], run_id: str) -> dict:
-    """Restores the last of these checkpoints that is whole, and returns its progress."""
+def load_checkpoint(engine, folders: list[Path], run_id: str, seed: int) -> dict:
+    """Restores the last of these checkpoints that is whole, and returns its progress.
+
+    If other processes wrote it, as to their number, these draw dropout from `seed` and the step.
+    """
     for folder in reversed(folders):
         if not (folder / "progress.json").is_file():
             raise FileNotFoundError(f"--resume_from_checkpoint {folder}: no checkpoint there")
@@ -629,14 +675,17 @@ def load_checkpoint(engine, folders: list[Path], run_id: str) -> dict:
     del progress["files"]
     if progress["run"] != run_id:
         raise ValueError(f"--resume_from_checkpoint {folder}: another run's; it takes only its own")
-    if progress["world"] != engine.world:
-        raise ValueError(f"--resume_from_checkpoint {folder}: written by {progress['world']} "
-                         f"processes, and these are {engine.world}: start as many")
-    engine.load(folder)
-    rng = torch.load(folder / f"rng-{engine.rank}.pt", weights_only=True)
-    torch.set_rng_state(rng["cpu"])
-    if rng["cuda"] is not None:
-        torch.cuda.set_rng_state(rng["cuda"])
+    engine.load(folder, progress["world"])
+    if progress["world"] == engine.world:
+        rng = torch.load(folder / f"rng-{engine.rank}.pt", weights_only=True)
+        torch.set_rng_state(rng["cpu"])
+        if rng["cuda"] is not None:
+            torch.cuda.set_rng_state(rng["cuda"])
+    else:
+        print(f"written by {progress['world']} processes, and these are {engine.world}: dropout is "
+              "drawn anew")
+        torch.manual_seed(seed + engine.rank + progress["step"])
+        progress["world"] = engine.world
     print(f"going on from {folder}")
     return progress
 
@@ -972,7 +1021,8 @@ def open_log(args, run_id: str, step: int, attempt, out: Path):
     """
     out.mkdir(parents=True, exist_ok=True)
     if not (out / "run.json").exists():  # what `open_run` looks for
-        replace_file(json.dumps({"id": run_id, "args": vars(args)}, indent=2), out / "run.json")
+        run = {"id": run_id, "rows_a_step": rows_a_step(args), "args": vars(args)}
+        replace_file(json.dumps(run, indent=2), out / "run.json")
     for path in (out / "metrics.jsonl", out / "predictions.jsonl"):
         kept = [line + "\n" for line in whole_lines(path) if json.loads(line)["step"] <= step]
         replace_file("".join(kept), path)
@@ -1159,8 +1209,7 @@ def train(args, config: dict | None, signals: list) -> int:
 
     # The arithmetic of batches and steps.
     rows, accumulation = train_set.records, args.gradient_accumulation_steps
-    global_batch = args.per_device_train_batch_size * accumulation * engine.world
-    steps_of = functools.partial(data.plan_epoch, rows.lengths, rows.has_picture, global_batch,
+    steps_of = functools.partial(data.plan_epoch, rows.lengths, rows.has_picture, rows_a_step(args),
                                  args.seed, by_modality=args.group_by_modality_length)
     steps_per_epoch = len(steps_of(0))
     total_steps = math.ceil(steps_per_epoch * args.num_train_epochs)
@@ -1178,7 +1227,7 @@ def train(args, config: dict | None, signals: list) -> int:
     progress = {"run": run_id, "world": engine.world, "step": 0, "skipped": 0, "cut": 0,
                 "evaluations": []}  # step and loss of each
     if found:
-        progress = load_checkpoint(engine, found, run_id)
+        progress = load_checkpoint(engine, found, run_id, args.seed)
     attempt, log = Attempts(), lambda *_: None
     if engine.rank == 0 and not trial:
         log = attempt(open_log, args, run_id, progress["step"] if found else -1, attempt, out)
@@ -1452,8 +1501,6 @@ def less_memory(args) -> str:
 
 def start_processes(args):
     """Joins the launcher's other processes; without a launcher, this is one of one."""
-    if args.deepspeed:  # it compiles with ninja, which lies beside python; ssh hands no PATH on
-        os.environ["PATH"] += f":{Path(sys.executable).parent}"
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
              "MASTER_PORT": "29500"}
     os.environ.update({name: os.environ.get(name, value) for name, value in alone.items()})
@@ -1462,6 +1509,8 @@ def start_processes(args):
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if args.deepspeed:
         import deepspeed
+        # gloo will do: compiling this, a run that is killed leaves a lock, and all later ones wait.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed()
     elif os.environ["WORLD_SIZE"] != "1":
         raise ValueError("many processes need --deepspeed ds_zero2.json, or ds_zero3.json")
