@@ -89,22 +89,26 @@ class LoRA(nn.Module):
 class Drop(torch.autograd.Function):
     """x with a share p of it zero: dropout without its factor 1 / (1 - p), which LoRA's scale has.
 
-    Four draws come from a random integer of 64 bits, and a byte is kept of each: on a CPU this
-    takes a fifth of F.dropout's time, and a quarter of its memory.
+    Zeros fall where any of -n ln(1 - p) throws at the n numbers of x hits: each is missed by all of
+    them with probability (1 - 1 / n)^(-n ln(1 - p)) = 1 - p. So a dropout of 5 % draws 5 % of the
+    random numbers that a mask takes, and keeps 0.4 bytes for each number of x instead of one.
     """
 
     @staticmethod
     def forward(ctx, x, p):
-        bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device)
-        bits = bits.random_(-(2**63), None).view(torch.int16)[: x.numel()].view(x.shape)
-        keep = (bits >= round(2**16 * p) - 2**15).view(torch.int8)
-        ctx.save_for_backward(keep)
-        return keep.to(x.dtype).mul_(x)  # a product with a boolean takes twice as long
+        throws = round(-math.log1p(-p) * x.numel())
+        hit = torch.randint(x.numel(), (throws,), device=x.device)
+        ctx.save_for_backward(hit)
+        return zeroed(x, hit)
 
     @staticmethod
     def backward(ctx, grad):
-        (keep,) = ctx.saved_tensors
-        return keep.to(grad.dtype).mul_(grad), None
+        return zeroed(grad, *ctx.saved_tensors), None
+
+
+def zeroed(x, places):
+    """A copy of x with zeros at these places, counted as if x were flat."""
+    return x.flatten().index_fill(0, places, 0).view(x.shape)
 
 
 class AddProduct(torch.autograd.Function):
