@@ -42,6 +42,8 @@ from safetensors.torch import load_file, save_file
 from torch.overrides import TorchFunctionMode
 from transformers import (AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer,
                           GenerationConfig, LlavaConfig, PreTrainedConfig, TextStreamer)
+from transformers.activations import ACT2FN
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 from transformers.utils import logging as transformers_logging
 
 IMAGE = "<image>"
@@ -96,74 +98,6 @@ def merge(embeds, features, is_image):
     `Llava.embed`.
     """
     return embeds.masked_scatter(is_image[..., None], features.to(embeds.dtype))  # (B, T, D)
-
-
-class SwiGLU(torch.autograd.Function):
-    """silu(gate) * up, keeping only gate and up for the backward pass.
-
-    Autograd by itself keeps silu(gate) too, as wide as the MLP for each layer and token.
-    """
-
-    @staticmethod
-    def forward(ctx, gate, up):
-        ctx.save_for_backward(gate, up)
-        return F.silu(gate).mul_(up)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        gate, up = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
-
-
-class RMSNorm(torch.autograd.Function):
-    """x / sqrt(mean(x^2) + eps) * weight, computed in fp32, keeping only x for the backward pass.
-
-    Autograd by itself keeps x and the normalised x in fp32 too, for each norm and token.
-    """
-
-    @staticmethod
-    def forward(ctx, x, weight, eps):
-        ctx.save_for_backward(x, weight)
-        ctx.eps = eps
-        return F.rms_norm(x, weight.shape, weight, eps)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        (x, weight), wide = ctx.saved_tensors, torch.promote_types(grad.dtype, torch.float32)
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)  # of D numbers
-        scale = torch.rsqrt(norm.square() / x.shape[-1] + ctx.eps)
-        normed, dweight = x.to(wide, copy=True).mul_(scale), None
-        if ctx.needs_input_grad[1]:
-            dweight = (grad * normed).flatten(0, -2).sum(0).to(weight.dtype)
-        slope = grad.to(wide, copy=True).mul_(weight)
-        along = (slope * normed).mean(-1, keepdim=True)  # the part that normalising takes out
-        return slope.sub_(normed.mul_(along)).mul_(scale).to(x.dtype), dweight, None
-
-
-GATED = {"gate_proj", "up_proj", "down_proj", "act_fn"}
-
-
-def gated_mlp(self, x):
-    """What transformers' MLPs of Llama's kind compute, by SwiGLU."""
-    return self.down_proj(SwiGLU.apply(self.gate_proj(x), self.up_proj(x)))
-
-
-def rms_norm(self, x):
-    """What transformers' norms of Llama's kind compute, by RMSNorm."""
-    return RMSNorm.apply(x, self.weight, self.variance_epsilon)
-
-
-def keep_less(language_model):
-    """Has a decoder of Llama's kind compute the same with less kept for the backward pass."""
-    for module in language_model.modules():
-        parts = {name: type(part).__name__ for name, part in module.named_children()}
-        if parts.keys() == GATED and parts["act_fn"] in ("SiLU", "SiLUActivation"):
-            module.forward = types.MethodType(gated_mlp, module)
-        # Gemma's, which multiply by 1 + weight, have no variance_epsilon.
-        if type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):
-            module.forward = types.MethodType(rms_norm, module)
 
 
 class Llava(nn.Module):
@@ -267,6 +201,84 @@ def check_head(language_model):
             f"{language_model.config.model_type}: its logits are no plain linear of its last "
             "hidden state (a soft cap, a scale or a bias), so a LLaVA of it would differ from what "
             "it was trained as: take a model of Llama's kind")
+
+
+# --- the same decoder, with less kept for the backward pass ---
+
+
+class SwiGLU(torch.autograd.Function):
+    """silu(gate) * up, keeping only gate and up.
+
+    Autograd by itself keeps silu(gate) too, as wide as the MLP for each layer and token.
+    """
+
+    @staticmethod
+    def forward(ctx, gate, up):
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
+
+
+class RMSNorm(torch.autograd.Function):
+    """x / sqrt(mean(x^2) + eps) * weight, computed in fp32, keeping only x.
+
+    Autograd by itself keeps x and the normalised x in fp32 too, for each norm and token.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        ctx.save_for_backward(x, weight)
+        ctx.eps = eps
+        return F.rms_norm(x, weight.shape, weight, eps)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        (x, weight), wide = ctx.saved_tensors, torch.promote_types(grad.dtype, torch.float32)
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
+        scale = torch.rsqrt(length.square() / x.shape[-1] + ctx.eps)
+        normed, dweight = x.to(wide, copy=True).mul_(scale), None
+        if ctx.needs_input_grad[1]:
+            dweight = (grad * normed).flatten(0, -2).sum(0).to(weight.dtype)
+        slope = grad.to(wide, copy=True).mul_(weight)
+        along = (slope * normed).mean(-1, keepdim=True)  # the part that normalising takes out
+        return slope.sub_(normed.mul_(along)).mul_(scale).to(x.dtype), dweight, None
+
+
+def gated_mlp(self, x):
+    """LlamaMLP's forward, by SwiGLU."""
+    return self.down_proj(SwiGLU.apply(self.gate_proj(x), self.up_proj(x)))
+
+
+def rms_norm(self, x):
+    """LlamaRMSNorm's forward; bf16 is rounded once, where transformers rounds before `weight` too.
+
+    On a GPU torch has one kernel for it, and one for its gradient.
+    """
+    if x.is_cuda:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.variance_epsilon)
+    return RMSNorm.apply(x, self.weight, self.variance_epsilon)
+
+
+def body(module: type) -> tuple:
+    """What a class computes: equal for those whose `forward` is the same text."""
+    code = module.forward.__code__
+    return code.co_code, code.co_names, code.co_consts
+
+
+def keep_less(language_model):
+    """Replaces MLPs and norms that compute just what Llama's do, of whatever family they are."""
+    for module in language_model.modules():
+        if body(type(module)) == body(LlamaRMSNorm):
+            module.forward = types.MethodType(rms_norm, module)
+        elif body(type(module)) == body(LlamaMLP) and isinstance(
+                module.act_fn, (nn.SiLU, type(ACT2FN["silu"]))):
+            module.forward = types.MethodType(gated_mlp, module)
 
 
 # --- the model on disk ---
@@ -400,8 +412,8 @@ def match_weights(model: Llava, tensors: dict, where: str) -> dict:
     return tensors
 
 
-def load_weights(model: Llava, tensors: dict, where: str, dtype=None, quantize=None):
-    """Fills `model` from {name: tensor}, tensor by tensor, cast to `dtype` (None: as they are).
+def load_weights(model: Llava, tensors: dict, where: str, dtype=None, device="cpu", quantize=None):
+    """Fills `model` from {name: tensor}, one by one, cast to `dtype` (None: as they are).
 
     `quantize(model, tensors=...)` may fill some layers its own way; it returns their paths.
     """
@@ -412,7 +424,7 @@ def load_weights(model: Llava, tensors: dict, where: str, dtype=None, quantize=N
     for name, tensor in tensors.items():
         path, _, leaf = name.rpartition(".")
         # In 4 bits, copies: one tensor still mapped would keep the pages of all that are packed now.
-        tensor = tensor.to(dtype or tensor.dtype, copy=quantize is not None)
+        tensor = tensor.to(device, dtype or tensor.dtype, copy=quantize is not None)
         setattr(model.get_submodule(path), leaf, nn.Parameter(tensor))
     if model.config.tie_word_embeddings:
         embeddings = model.language_model.get_input_embeddings()
@@ -439,8 +451,8 @@ def from_pretrained(folder: str | Path, dtype=None, device="cpu", quantize=None)
             model = Llava(config)
     except (TypeError, AttributeError, KeyError, ArithmeticError) as error:
         raise ValueError(f"{folder}/config.json: no LLaVA can be made of it ({error!r})") from None
-    load_weights(model, open_weights(folder), str(folder), dtype, quantize)
-    model.to(device)
+    load_weights(model, open_weights(folder), str(folder), dtype, device, quantize)
+    model.to(device)  # buffers
     check_head(model.language_model)
     return model
 

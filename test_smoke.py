@@ -8,6 +8,7 @@ mistakes of earlier LLaVA trainers that a test guards against.
 
 import base64
 import contextlib
+import copy
 import difflib
 import fcntl
 import functools
@@ -2266,6 +2267,38 @@ def test_loading_maps_the_weights_and_does_not_copy_them(tmp_path):
     assert private_megabytes() - before < 30 and next(model.parameters()).device.type == "cpu"
 
 
+def test_what_keeps_less_computes_what_transformers_does_and_leaves_other_layers_alone():
+    def layers(family, *names):
+        module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+        return [getattr(module, name) for name in names]
+
+    config = LlamaConfig(hidden_size=16, intermediate_size=32, num_attention_heads=2)
+    for family, mlp, norm in (("llama", "LlamaMLP", "LlamaRMSNorm"), ("qwen3", "Qwen3MLP", "Qwen3RMSNorm"),
+                              ("mistral", "MistralMLP", "MistralRMSNorm")):  # fmt: skip
+        mlp, norm = layers(family, mlp, norm)
+        theirs = nn.Sequential(mlp(config), norm(16))
+        nn.init.normal_(theirs[1].weight)
+        ours = copy.deepcopy(theirs)
+        llava.keep_less(ours)
+        assert all("forward" in vars(layer) for layer in ours)
+        x = torch.randn(2, 3, 16, requires_grad=True)
+        outputs = [model(x) for model in (ours, theirs)]
+        torch.testing.assert_close(*outputs)
+        towards = torch.randn(2, 3, 16)
+        found, expected = (
+            torch.autograd.grad(out, [x, *model.parameters()], towards)
+            for out, model in zip(outputs, (ours, theirs))
+        )
+        torch.testing.assert_close(found, expected)
+    # These have a dropout, multipliers, a weight of 1 + w, an activation of their own.
+    others = layers("seed_oss", "SeedOssMLP") + layers("falcon_h1", "FalconH1MLP")
+    assert not {llava.body(layer) for layer in others} & {llava.body(llava.LlamaMLP)}
+    assert llava.body(*layers("gemma", "GemmaRMSNorm")) != llava.body(llava.LlamaRMSNorm)
+    relu = nn.Sequential(llava.LlamaMLP(LlamaConfig(hidden_size=16, num_attention_heads=2, hidden_act="relu")))
+    llava.keep_less(relu)
+    assert "forward" not in vars(relu[0])
+
+
 def test_the_image_token_is_never_generated(tmp_path):
     model = llava.from_pretrained(built(tmp_path)).eval()
     ids, pixels, _, mask = (x[-2:] for x in mixed_batch(model.config.image_token_id, "left"))
@@ -2606,29 +2639,77 @@ def test_dropout_acts_in_training_only():
     assert torch.equal(model.eval()(x), model(x))
 
 
-def test_layers_that_read_one_tensor_share_its_dropout_which_each_pass_draws_anew():
+def test_dropout_zeros_a_share_of_each_layers_input_by_chance_and_changes_no_expectation():
     x, p = torch.ones(500, 1001, dtype=torch.float64), 0.05
-    layers = nn.ModuleList(nn.Linear(1001, 3, dtype=torch.float64) for _ in range(3))
-    lora.inject(layers, r"\d", r=2, alpha=2, dropout=p)
-    first, second = ([layer.lora.drop(x) for layer in layers] for _ in range(2))
-    assert first[0] is first[1] is first[2] is not second[0] is second[1]
-    assert set(first[0].unique().tolist()) == {0, 1}
-    for dropped in (first[0], second[0]):  # 500,500 draws: 1e-3 is more than three deviations
+    first, second = (lora.put_zeros(x, lora.draw_zeros(x, p)) for _ in range(2))
+    assert set(first.unique().tolist()) == {0, 1} and x.all()
+    for dropped in (first, second):  # 500,500 numbers: 1e-3 is more than three deviations
         assert abs(1 - dropped.mean().item() - p) < 1e-3
-    both = (first[0] + second[0] == 0).double().mean().item()
-    assert abs(both - p**2) < 4e-4  # independent
-    # In expectation the output is that without dropout, and so are the gradients.
-    layer = layers[0]
-    nn.init.normal_(layer.lora.lora_B)
-    noisy = torch.stack([layer.train()(x.clone()).mean(0) for _ in range(20)]).mean(0)
-    torch.testing.assert_close(noisy, layer.eval()(x).mean(0), rtol=0, atol=2e-2)
-    x = torch.randn(5, 1001, dtype=torch.float64, requires_grad=True)
+    assert abs((first + second == 0).double().mean().item() - p**2) < 4e-4  # independent
+    neighbours = ((first[:, 1:] == 0) & (first[:, :-1] == 0)).double().mean().item()
+    assert abs(neighbours - p**2) < 4e-4
+    model = nn.Sequential(nn.Linear(1001, 3, dtype=torch.float64))
+    lora.inject(model, "0", r=2, alpha=2, dropout=p)
+    nn.init.normal_(model[0].lora.lora_B)
+    noisy = torch.stack([model.train()(x).mean(0) for _ in range(20)]).mean(0)
+    torch.testing.assert_close(noisy, model.eval()(x).mean(0), rtol=0, atol=2e-2)
+
+
+def test_gradients_under_dropout_are_those_of_its_output():
+    model = nn.Sequential(nn.Linear(30, 3, dtype=torch.float64)).train()
+    lora.inject(model, "0", r=2, alpha=2, dropout=0.3)
+    nn.init.normal_(model[0].lora.lora_B)
+    x = torch.randn(2, 5, 30, dtype=torch.float64, requires_grad=True)
 
     def output(x, *weights):
         torch.manual_seed(0)
-        return layer.train()(x * 1)
+        return model(x)
 
-    assert torch.autograd.gradcheck(output, (x, layer.lora.lora_A, layer.lora.lora_B), fast_mode=True)
+    assert torch.autograd.gradcheck(output, (x, model[0].lora.lora_A, model[0].lora.lora_B))
+
+
+def test_any_way_of_calling_an_adapted_layer_gives_the_gradients_of_plain_torch():
+    """Layers that read one tensor: checkpointed apart, by keyword, twice, with no row, frozen."""
+
+    class Pair(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 6), nn.Linear(8, 6, bias=False)
+
+        def forward(self, x, apart):
+            a, b = [functools.partial(checkpoint, layer, use_reentrant=False) if apart else layer
+                    for layer in (self.a, self.b)]  # fmt: skip
+            return a(x) + b(x) * self.a(input=x)
+
+    torch.manual_seed(0)
+    model, x = Pair().double(), torch.randn(4, 3, 8, dtype=torch.float64, requires_grad=True)
+    lora.inject(model, "a|b", r=2, alpha=4)
+    for p in model.parameters():
+        nn.init.normal_(p)
+    weights = [layer.weight + 2 * layer.lora.lora_B @ layer.lora.lora_A for layer in (model.a, model.b)]
+    trained = [x, *(p for p in model.parameters() if p.requires_grad)]
+    a, b = F.linear(x, weights[0], model.a.bias), F.linear(x, weights[1])
+    expected = torch.autograd.grad((a + b * a).square().sum(), trained)
+    for apart in (False, True):
+        found = torch.autograd.grad(model(x, apart).square().sum(), trained)
+        torch.testing.assert_close(found, expected)
+    assert model(x[:0], False).shape == (0, 3, 6)
+    for layer in (model.a, model.b):  # recomputed, it falls on the same numbers
+        layer.lora.dropout.p = 0.5
+    torch.manual_seed(1)
+    (once,) = torch.autograd.grad(model(x, False).sum(), [model.a.lora.lora_A])
+    torch.manual_seed(1)
+    (apart,) = torch.autograd.grad(model(x, True).sum(), [model.a.lora.lora_A])
+    torch.testing.assert_close(once, apart)
+
+
+def test_autocast_takes_an_adapted_layer_as_it_takes_the_layer():
+    model = nn.Sequential(nn.Linear(8, 6))
+    lora.inject(model, "0", r=2, alpha=4, dropout=0.1)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(torch.randn(4, 8, requires_grad=True))
+    out.float().sum().backward()
+    assert out.dtype == torch.bfloat16 and model[0].lora.lora_B.grad.dtype == torch.float32
 
 
 def test_fp32_adapters_over_a_bf16_base():
@@ -4025,6 +4106,7 @@ def zero_flags(world, kind, steps, bf16):
             "max_new_tokens": 6,
             "per_device_eval_batch_size": 1,
             "warmup_ratio": 0,
+            "weight_decay": 0.1,
         }
         | KINDS[kind]
         | ({"learning_rate": 1e-4} if bf16 else {})

@@ -82,7 +82,7 @@ def load_model(args, source: Path, device: str, stage: int = 0):
     dtype = torch.bfloat16 if args.bf16 else torch.float32
     storage = dtype if stage == 3 else torch.uint8  # ZeRO-3 cannot share out bytes
     late = stage == 3 and args.bits == 16 and not args.adapter
-    if stage and args.bits == 16:
+    if stage == 3 and args.bits == 16:
         device = "cpu"  # mapped from the file, until DeepSpeed takes this rank's share of it
     model = llava.open_model(source, args.adapter, args.bits, None if late else dtype, device,
                              storage)
@@ -132,11 +132,12 @@ def make_optimizer(parameters: dict, args) -> torch.optim.AdamW:
              "multi_modal_projector": args.mm_projector_lr}
     groups = {}
     for name, p in parameters.items():
-        groups.setdefault((name.split(".")[0], p.ndim > 1), []).append(p)
+        is_matrix = len(lora.true_shape(p)) > 1  # ZeRO-3 leaves none of a weight's dimensions
+        groups.setdefault((name.split(".")[0], is_matrix), []).append(p)
     return torch.optim.AdamW(
         [{"params": params, "lr": rates[part], "base_lr": rates[part],
-          "weight_decay": args.weight_decay * matrix}
-         for (part, matrix), params in groups.items()],
+          "weight_decay": args.weight_decay * is_matrix}
+         for (part, is_matrix), params in groups.items()],
         betas=(0.9, 0.999), eps=1e-8, fused=True)
 
 
@@ -222,7 +223,7 @@ class Plain(Alone):
                 folder / "state.pt")
 
     def load(self, folder: Path, world: int):
-        saved = torch.load(folder / "state.pt", weights_only=True)
+        saved = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
         for name, master in self.state().items():
             master.copy_(saved["weights"][name])
         self.optimizer.load_state_dict(saved["optimizer"])
@@ -677,9 +678,9 @@ def load_checkpoint(engine, folders: list[Path], run_id: str, seed: int) -> dict
         raise ValueError(f"--resume_from_checkpoint {folder}: another run's; it takes only its own")
     engine.load(folder, progress["world"])
     if progress["world"] == engine.world:
-        rng = torch.load(folder / f"rng-{engine.rank}.pt", weights_only=True)
+        rng = torch.load(folder / f"rng-{engine.rank}.pt", map_location="cpu", weights_only=True)
         torch.set_rng_state(rng["cpu"])
-        if rng["cuda"] is not None:
+        if rng["cuda"] is not None and torch.cuda.is_available():
             torch.cuda.set_rng_state(rng["cuda"])
     else:
         print(f"written by {progress['world']} processes, and these are {engine.world}: dropout is "
@@ -768,7 +769,8 @@ def count_flops(model, weights: list[tuple], batch: dict) -> int:
     """
     (rows, width), pictures = batch["input_ids"].shape, len(batch["pixel_values"])
     tower, decoder = model.vision_tower.vision_model.config, model.config.text_config
-    patches, supervised = model.tokens_per_picture + 1, (batch["labels"] >= 0).sum().item()
+    patches = model.vision_tower.vision_model.embeddings.num_positions  # with CLIP's CLS
+    supervised = (batch["labels"] >= 0).sum().item()
     parts = [  # tokens, operations of attention's two products (half of them if causal)
         (pictures * patches,
          4 * pictures * patches**2 * tower.hidden_size * tower.num_hidden_layers),
@@ -1228,12 +1230,11 @@ def train(args, config: dict | None, signals: list) -> int:
                 "evaluations": []}  # step and loss of each
     if found:
         progress = load_checkpoint(engine, found, run_id, args.seed)
-    attempt, log = Attempts(), lambda *_: None
+    attempt, log, stop_file = Attempts(), lambda *_: None, out / "stop"
     if engine.rank == 0 and not trial:
         log = attempt(open_log, args, run_id, progress["step"] if found else -1, attempt, out)
+        attempt(Path.unlink, stop_file, missing_ok=True)  # an earlier run's
     engine.agree(attempt.faults)
-    stop_file = out / "stop"
-    stop_file.unlink(missing_ok=True)  # an earlier run's
     write = functools.partial(write_result, model, args, text, source)
     bar = Progress(total_steps, progress["step"], engine.rank)
     rate, weights = matmul_rate(device, next(model.parameters()).dtype), count_weights(model)
@@ -1294,7 +1295,8 @@ def train(args, config: dict | None, signals: list) -> int:
         loss, right = (x / max(supervised, 1) for x in engine.all_reduce(*sums.tolist()))
         check_finite("loss", loss, progress, window, rows, engine)
         if first_window:
-            first_window = first_window.check(engine)  # None: once is enough
+            first_window.check(engine)
+            first_window = None  # once is enough
         factor = schedule(progress["step"], total_steps, warmup_steps, args.lr_scheduler_type)
         grad_norm = engine.step(factor)
         check_finite("norm of the gradient", grad_norm, progress, window, rows, engine)
@@ -1305,7 +1307,8 @@ def train(args, config: dict | None, signals: list) -> int:
         step, seconds = progress["step"], time.perf_counter() - began
         metrics = {
             "step": step, "epoch": step / steps_per_epoch, "loss": loss, "token_accuracy": right,
-            "lr": args.learning_rate * factor, "grad_norm": grad_norm,
+            "lr": max(group["lr"] for group in engine.optimizer.param_groups),
+            "grad_norm": grad_norm,
             "tokens_per_s": tokens / seconds, "samples_per_s": count / seconds,
             "supervised": supervised / tokens, "padded": 1 - tokens / padded,
             "waiting": waited / seconds,
