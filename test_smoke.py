@@ -4057,6 +4057,7 @@ def pairwise(cases):
 @pytest.mark.parametrize(
     "stage, offload, ranks, kind, accumulation, bf16, steps",
     [(*case, 3) for case in pairwise(ALL)]
+    + [(2, "none", 2, "full", 4, True, 3)]  # the shortest that sees sums of gradients in bf16
     + [pytest.param(*case, 10, marks=pytest.mark.long) for case in ALL],
 )
 def test_many_processes_equal_one(
