@@ -525,7 +525,7 @@ def main(argv=None):
     try:
         dequantize = args.dequantize == "True"
         merge(args.model_name_or_path, args.adapter, args.out, rename, dequantize)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, SafetensorError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"{args.out}: {args.model_name_or_path} with {args.adapter} merged into it")

@@ -895,7 +895,7 @@ def main(argv=None) -> int:
             build(args.vision_tower, args.language_model, args.out, *options)
         else:
             raise ValueError("build needs --vision_tower and --language_model, or --tiny")
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, SafetensorError) as error:
         print(f"model.py: {one_line(error)}", file=sys.stderr)
         return 2
     return 0

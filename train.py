@@ -48,7 +48,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont, ImageOps
-from safetensors import SafetensorError
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -100,9 +99,13 @@ def load_model(args, source: Path, device: str, stage: int = 0):
             raise ValueError(f"--lora_target_modules {args.lora_target_modules}: matches "
                              f"{outside[0]}; adapters are for the decoder's layers only")
         print(lora.fold(names))
-    trained = TRAIN_TYPES[args.train_type][0] if args.train_type else []
+    trained = tuple(TRAIN_TYPES[args.train_type][0] if args.train_type else [])
     for name, p in model.named_parameters():
-        p.requires_grad_(name.startswith(tuple(trained)) or ".lora." in name)
+        trains = name.startswith(trained) or ".lora." in name
+        if args.train_type and p.requires_grad and args.adapter and not trains:
+            raise ValueError(f"--adapter {args.adapter}: trains {name} whole, which is not kept "
+                             "here: merge it, and train a new adapter on that")
+        p.requires_grad_(trains)
     return model
 
 
@@ -153,23 +156,39 @@ class Agreed(ValueError):
     """An error that every rank raises, so that none waits for another; rank 0 says it."""
 
 
+def gather(rows: list) -> list:
+    """The lists of all ranks, as one."""
+    if not dist.is_initialized():
+        return rows
+    shares = [None] * dist.get_world_size()
+    dist.all_gather_object(shares, rows)
+    return [row for share in shares for row in share]
+
+
+def agree(faults: list[str]):
+    """Every rank stops with the first fault that any of them has."""
+    if faults := gather(faults):
+        raise Agreed(faults[0])
+
+
+def together(do, *args):
+    """do(*args) on every rank; what is wrong for one of them, or for all, stops all in one line."""
+    result, faults = None, []
+    try:
+        result = do(*args)
+    except (ValueError, OSError) as error:
+        faults.append(llava.one_line(error))
+    agree(faults)
+    return result
+
+
 class Alone:
-    """One process: what many would have to agree on is known already."""
+    """One process: the sums over all ranks are its own."""
 
     rank, world = 0, 1
 
     def all_reduce(self, *numbers):
-        """The sums over all ranks."""
         return numbers
-
-    def gather(self, rows: list) -> list:
-        """The lists of all ranks, as one."""
-        return rows
-
-    def agree(self, faults: list[str]):
-        """Every rank stops with the first fault that any of them has."""
-        if faults := self.gather(faults):
-            raise Agreed(faults[0])
 
 
 class Plain(Alone):
@@ -269,11 +288,6 @@ class ZeRO(Alone):
         dist.all_reduce(total)
         return total.tolist()
 
-    def gather(self, rows: list) -> list:
-        shares = [None] * self.world
-        dist.all_gather_object(shares, rows)
-        return [row for share in shares for row in share]
-
     def forward(self, *inputs):
         return self.engine(*inputs)
 
@@ -325,7 +339,7 @@ class ZeRO(Alone):
                   for group in self.optimizer.param_groups]
         if self.rank == 0:
             attempt(make_universal, folder / "state", universal / "state")
-        self.agree(attempt.faults)
+        agree(attempt.faults)
         self.engine._config.load_universal_checkpoint = True
         self.engine.load_checkpoint(str(universal), tag="state")
         # Stage 3 has given all groups what the first one has, and one counter of steps to all.
@@ -357,8 +371,8 @@ def deepspeed_config(args) -> dict:
     if not Path(args.deepspeed).is_file():
         raise FileNotFoundError(f"--deepspeed {args.deepspeed}: no such file")
     config = llava.read_json(Path(args.deepspeed))
-    zero = config.get("zero_optimization", {})
-    if zero.get("stage") not in (2, 3):
+    zero = config.get("zero_optimization")
+    if not isinstance(zero, dict) or zero.get("stage") not in (2, 3):
         raise ValueError(f"--deepspeed {args.deepspeed}: zero_optimization needs a stage, 2 or 3")
     if args.offload == "all" and zero["stage"] == 2:
         raise ValueError(f"--offload all: {args.deepspeed} is ZeRO-2, which shares out no weights; "
@@ -486,7 +500,7 @@ def evaluate(model, dataset, engine, collate, args, device, step=0) -> tuple[dic
         loss, right = model(*to_device(batch, device))
         sums += loss.item(), right.item(), (batch["labels"] >= 0).sum().item()
     loss, right, tokens, faulty = engine.all_reduce(*sums.tolist(), len(faults))
-    handle_faults(faults, faulty, engine, args)
+    handle_faults(faults, faulty, args)
     if not tokens or not math.isfinite(loss):
         raise Agreed(f"{dataset.records.path}: " + (
             f"the loss on its rows is {loss}" if tokens else "none of its rows can be used"))
@@ -496,7 +510,7 @@ def evaluate(model, dataset, engine, collate, args, device, step=0) -> tuple[dic
     answers = []
     for batch in eval_batches(questions, engine, args, collate, device):
         answers += answer(model, batch, questions, engine, args, device)
-    answers = [a for _, a in sorted(engine.gather(answers), key=lambda pair: pair[0])]
+    answers = [a for _, a in sorted(gather(answers), key=lambda pair: pair[0])]
     scores = {}
     for a in answers:
         scores.setdefault("eval_exact_match", []).append(a["right"])
@@ -579,8 +593,8 @@ def open_run(args) -> tuple[str, list[Path]]:
             raise ValueError(f"--output_dir {out} holds a run with --{name} "
                              f"{run['args'].get(name)}, not {value}: name a new folder")
     if run.get("rows_a_step") != rows_a_step(args):
-        raise Agreed(f"--output_dir {out} holds a run of {run.get('rows_a_step')} rows a step, "
-                     f"not {rows_a_step(args)}: change --gradient_accumulation_steps")
+        raise ValueError(f"--output_dir {out} holds a run of {run.get('rows_a_step')} rows a step, "
+                         f"not {rows_a_step(args)}: change --gradient_accumulation_steps")
     if args.resume_from_checkpoint == "latest":
         return run["id"], checkpoints(out)
     return run["id"], [Path(args.resume_from_checkpoint)]
@@ -589,7 +603,7 @@ def open_run(args) -> tuple[str, list[Path]]:
 class Attempts:
     """What one rank does for itself, a write mostly, whose failure (a full disk, say) is kept until
     all ranks hear of it and stop together: one that raised alone would leave the others waiting.
-    The one `except` in training.
+    The one `except` in the loop.
     """
 
     def __init__(self):
@@ -613,7 +627,7 @@ def save_checkpoint(engine, out: Path, progress: dict, limit: int, attempt, writ
     target = out / f"checkpoint-{progress['step']}"
     part = target.with_suffix(".part")
     attempt(os.makedirs, part / "state", exist_ok=True)
-    engine.agree(attempt.faults)
+    agree(attempt.faults)
     engine.save(part, attempt)
     cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
     rng = {"cpu": torch.get_rng_state(), "cuda": cuda}
@@ -621,10 +635,10 @@ def save_checkpoint(engine, out: Path, progress: dict, limit: int, attempt, writ
     state = engine.state(frozen=False) if write else None  # on every rank: it gathers
     if write and engine.rank == 0:
         attempt(write, state, part)
-    engine.agree(attempt.faults)  # every rank has written its share
+    agree(attempt.faults)  # every rank has written its share
     if engine.rank == 0:
         attempt(publish_checkpoint, progress, limit, target)
-    engine.agree(attempt.faults)
+    agree(attempt.faults)
 
 
 def publish_checkpoint(progress: dict, limit: int, target: Path):
@@ -664,18 +678,18 @@ def load_checkpoint(engine, folders: list[Path], run_id: str, seed: int) -> dict
     If other processes wrote it, as to their number, these draw dropout from `seed` and the step.
     """
     for folder in reversed(folders):
-        if not (folder / "progress.json").is_file():
-            raise FileNotFoundError(f"--resume_from_checkpoint {folder}: no checkpoint there")
-        faults = engine.gather(damage(folder, engine.rank, engine.world))
+        missing = not (folder / "progress.json").is_file()
+        agree([f"--resume_from_checkpoint {folder}: no checkpoint there"] * missing)
+        faults = gather(damage(folder, engine.rank, engine.world))
         if not faults:
             break
         if folder == folders[0]:
-            engine.agree(faults)
+            agree(faults)
         print(f"{faults[0]}: passed over")
     progress = llava.read_json(folder / "progress.json")
     del progress["files"]
-    if progress["run"] != run_id:
-        raise ValueError(f"--resume_from_checkpoint {folder}: another run's; it takes only its own")
+    foreign = progress["run"] != run_id
+    agree([f"--resume_from_checkpoint {folder}: another run's; it takes only its own"] * foreign)
     engine.load(folder, progress["world"])
     if progress["world"] == engine.world:
         rng = torch.load(folder / f"rng-{engine.rank}.pt", map_location="cpu", weights_only=True)
@@ -1075,10 +1089,10 @@ class FirstWindow:
     def _note(self, name: str, gradient):
         self.finite[name] = self.finite[name] is not False and bool(gradient.isfinite().all())
 
-    def check(self, engine):
-        engine.agree([f"{name} should train, but its gradient is "
-                      f"{'missing' if finite is None else 'not finite'}"
-                      for name, finite in self.finite.items() if not finite])
+    def check(self):
+        agree([f"{name} should train, but its gradient is "
+               f"{'missing' if finite is None else 'not finite'}"
+               for name, finite in self.finite.items() if not finite])
         for hook in self.hooks:
             hook.remove()
 
@@ -1128,11 +1142,15 @@ def numbers_of(window: list[dict]) -> tuple:
             sum(batch["cut"] for batch in window))
 
 
-def handle_faults(faults: list[str], everywhere: int, engine, args):
+def unusable(fault: str) -> str:
+    return (f"{fault} (`python data.py check` lists all such rows, --on_bad_record skip goes on "
+            "without them)")
+
+
+def handle_faults(faults: list[str], everywhere: int, args):
     """Stops every rank if one has a row that could not be used, or says which are skipped."""
     if everywhere and args.on_bad_record == "stop":
-        engine.agree([f"{fault} (`python data.py check` lists all such rows, --on_bad_record "
-                      "skip goes on without them)" for fault in faults])
+        agree([unusable(fault) for fault in faults])
     for fault in faults:
         tqdm.write(f"skipped: {fault}", file=sys.stderr)  # from any rank
 
@@ -1143,12 +1161,12 @@ def since_best(progress: dict) -> int:
     return len(losses) - 1 - losses.index(min(losses)) if losses else 0
 
 
-def check_finite(what: str, value: float, progress: dict, window: list[dict], rows, engine):
+def check_finite(what: str, value: float, progress: dict, window: list[dict], rows):
     """Stops the run, before anything is saved, and names the records of the window."""
     if not math.isfinite(value):
         mine = [rows.where(i) for batch in window for i in batch["rows"] if i >= 0]
         raise Agreed(f"step {progress['step'] + 1}: the {what} is {value}; its records: "
-                     f"{'; '.join(engine.gather(mine))}. The last checkpoint stays")
+                     f"{'; '.join(gather(mine))}. The last checkpoint stays")
 
 
 def training_mode(model):
@@ -1166,7 +1184,7 @@ def open_rows(args, source: Path):
             path, args.image_folder, source, args.version, args.image_aspect_ratio,
             args.model_max_length, "skip", text))
         if path and args.on_bad_record == "stop" and (fault := sets[-1][0]["fault"]):
-            handle_faults([fault], 1, Alone(), args)  # a look at one row, before any is written
+            raise ValueError(unusable(fault))  # a look at one row, before any is written
     return text, *sets
 
 
@@ -1185,7 +1203,7 @@ def evaluate_only(args) -> int:
         attempt = Attempts()
         if log := attempt(open_log, args, secrets.token_hex(8), -1, attempt, out):
             log(metrics, answers, rows)
-        Alone().agree(attempt.faults)
+        agree(attempt.faults)
     return 0
 
 
@@ -1195,14 +1213,14 @@ def train(args, config: dict | None, signals: list) -> int:
     """
     torch.manual_seed(args.seed)
     device, out = "cuda" if torch.cuda.is_available() else "cpu", Path(args.output_dir)
-    source = llava.resolve(args.model_name_or_path)
-    run_id, found = open_run(args)
+    source = together(llava.resolve, args.model_name_or_path)
+    run_id, found = together(open_run, args)
     if (out / "final").is_dir():
         print(f"{out}: this run is complete")
         return 0
-    text, train_set, eval_set = open_rows(args, source)
+    text, train_set, eval_set = together(open_rows, args, source)
     stage = config["zero_optimization"]["stage"] if config else 0
-    model = load_model(args, source, device, stage)
+    model = together(load_model, args, source, device, stage)
     torch.manual_seed(args.seed + int(os.environ["RANK"]))  # each rank drops out differently
     collate = data.Collator(model.config.image_token_id, model.tokens_per_picture)
     if args.gradient_checkpointing:
@@ -1234,7 +1252,7 @@ def train(args, config: dict | None, signals: list) -> int:
     if engine.rank == 0 and not trial:
         log = attempt(open_log, args, run_id, progress["step"] if found else -1, attempt, out)
         attempt(Path.unlink, stop_file, missing_ok=True)  # an earlier run's
-    engine.agree(attempt.faults)
+    agree(attempt.faults)
     write = functools.partial(write_result, model, args, text, source)
     bar = Progress(total_steps, progress["step"], engine.rank)
     rate, weights = matmul_rate(device, next(model.parameters()).dtype), count_weights(model)
@@ -1269,7 +1287,7 @@ def train(args, config: dict | None, signals: list) -> int:
         state = engine.state(frozen=args.train_type != "use_lora")  # on every rank: it gathers
         if engine.rank == 0:
             attempt(save_result, write, state, out / name)
-        engine.agree(attempt.faults)
+        agree(attempt.faults)
 
     if eval_set and not found:
         validate()
@@ -1284,8 +1302,8 @@ def train(args, config: dict | None, signals: list) -> int:
             *numbers_of(window), len(faults), bool(signals) or stop_file.exists(),
             len(attempt.faults))
         if failed:
-            engine.agree(attempt.faults)
-        handle_faults(faults, skipped, engine, args)
+            agree(attempt.faults)
+        handle_faults(faults, skipped, args)
 
         sums = torch.zeros(2, dtype=torch.float64, device=device)  # loss, tokens right
         for i, batch in enumerate(window):  # `world`, as DeepSpeed averages over the ranks
@@ -1293,13 +1311,13 @@ def train(args, config: dict | None, signals: list) -> int:
             engine.backward(loss * engine.world / max(supervised, 1), i == accumulation - 1)
             sums += torch.stack([loss.detach(), right])
         loss, right = (x / max(supervised, 1) for x in engine.all_reduce(*sums.tolist()))
-        check_finite("loss", loss, progress, window, rows, engine)
+        check_finite("loss", loss, progress, window, rows)
         if first_window:
-            first_window.check(engine)
+            first_window.check()
             first_window = None  # once is enough
         factor = schedule(progress["step"], total_steps, warmup_steps, args.lr_scheduler_type)
         grad_norm = engine.step(factor)
-        check_finite("norm of the gradient", grad_norm, progress, window, rows, engine)
+        check_finite("norm of the gradient", grad_norm, progress, window, rows)
         progress["step"] += 1
         progress["skipped"] += int(skipped)
         progress["cut"] += int(cut)
@@ -1392,8 +1410,8 @@ def parse(argv) -> argparse.Namespace:
     add("--train_type", choices=list(TRAIN_TYPES), help="what trains")
     add("--bits", type=int, choices=[16, 4], default=16, help="4: the decoder in nf4 (QLoRA)")
     add("--adapter", help="an adapter to evaluate, or to train on from")
-    add("--lora_r", type=int, help="rank of a new adapter")
-    add("--lora_alpha", type=float, help="its output counts alpha / r times")
+    add("--lora_r", type=number(int, 1, 2**16), help="rank of a new adapter")
+    add("--lora_alpha", type=number(float, 1e-6, 1e6), help="its output counts alpha / r times")
     add("--lora_dropout", type=number(float, 0, 0.99), help="share of its inputs that is dropped")
     add("--lora_target_modules", help="regular expression on whole paths")
     add("--use_rslora", **flag, help="alpha / sqrt(r) instead of alpha / r")
@@ -1458,6 +1476,12 @@ def parse(argv) -> argparse.Namespace:
     return args
 
 
+def is_installed(package: str) -> bool:
+    """Whether there is such a package; a mere folder of that name, as wandb leaves, is none."""
+    spec = importlib.util.find_spec(package)
+    return spec is not None and spec.origin is not None
+
+
 def contradictions(args) -> list[tuple]:
     """(whether it is so, what to say of it) of flags that are missing or do not go together."""
     needed = (["validation_data_path"] if args.eval_only else
@@ -1465,12 +1489,14 @@ def contradictions(args) -> list[tuple]:
     reports, whole = args.report_to != "none", args.train_type not in (None, "use_lora")
     return [
         *((not getattr(args, name), f"--{name} is needed") for name in needed),
-        *((args.adapter and getattr(args, name) is not None,
-           f"--{name}: the one of --adapter has its own, leave it out") for name in NEW_ADAPTER),
+        *((value == "", f"--{name} is empty: leave it out") for name, value in vars(args).items()),
+        *((getattr(args, name) is not None and (args.adapter or args.train_type != "use_lora"),
+           f"--{name} is for a new adapter (--train_type use_lora without --adapter): leave it out")
+          for name in NEW_ADAPTER),
         (whole and (args.bits == 4 or args.adapter),
          f"--train_type {args.train_type} trains the base: --bits 4 and --adapter are for "
          "use_lora"),
-        (reports and not importlib.util.find_spec(args.report_to),
+        (reports and not is_installed(args.report_to),
          f"--report_to {args.report_to}: not installed, `pip install {args.report_to}`"),
         (reports and not args.output_dir, "--report_to needs --output_dir"),
         (args.early_stopping_patience and not args.validation_data_path,
@@ -1527,8 +1553,8 @@ def main(argv=None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     signals, handlers = [], {}
     try:
-        config = deepspeed_config(args) if args.deepspeed else None
         start_processes(args)
+        config = together(deepspeed_config, args) if args.deepspeed else None
         for number in () if args.eval_only else (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             handlers[number] = signal.signal(number, lambda number, _: signals.append(number))
         return evaluate_only(args) if args.eval_only else train(args, config, signals)
