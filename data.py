@@ -267,15 +267,15 @@ def chat_template(version: str, has_bos: bool) -> str:
 
 
 class ChatText:
-    """From a conversation to token ids and labels: the contract for training, chat and evaluation.
+    r"""From a conversation to token ids and labels: the contract for training, chat and evaluation.
 
     The template is rendered as a whole and the whole string is tokenized, so the ids are those that
-    `apply_chat_template` gives anyone. Labels come from positions in that string, never from
-    comparing ids:
+    `apply_chat_template` gives anyone (in two pieces where a token would straddle the edge of an
+    answer). Labels come from positions in that string, never from comparing ids:
 
-    <|im_start|>user\\n<image>\\nWhat?<|im_end|>\\n<|im_start|>assistant\\nA frog.<|im_end|>\\n
-    ......................... prompt, ignored ....................^^^^^^^^^^^^^^^^^..
-                                                                  answer and end token
+    <|im_start|>user\n<image>\nWhat?<|im_end|>\n<|im_start|>assistant\nA frog.<|im_end|>\n
+    .......................... prompt, ignored ........................^^^^^^^^^^^^^^^^^..
+                                                                       answer and end token
     """
 
     # Put behind every character of a control string in a record, this makes it ordinary text, for
@@ -536,7 +536,8 @@ class LlavaDataset(torch.utils.data.Dataset):
     pixel_values (n, 3, S, S)      float32
     row, cut, fault                number; tokens lost to `max_length`; None, or why it was skipped
 
-    Item -1, and a skipped row, is a row of weight 0: it keeps a place and counts for nothing.
+    Item -1, and a skipped row, has one token and no label: it fills the batch and adds nothing to
+    the loss.
     `max_length` counts tokens after each picture has become `tokens_per_picture` of them.
     `on_bad_record` is `stop` (a ValueError names the row) or `skip`.
     """
@@ -575,7 +576,9 @@ class LlavaDataset(torch.utils.data.Dataset):
         return self.item(i, ids[:keep], labels[:keep], pixels, cut=len(ids) - keep)
 
     def fit(self, ids: list[int], labels: list[int]) -> int:
-        """How many ids fit into `max_length`: an answer may lose its end, a row never a picture."""
+        """How many ids fit into `max_length`. What is cut off is the end, wherever that falls, but
+        all pictures and at least one label must stay, else a ValueError.
+        """
         widths = np.where(np.array(ids) == self.image_token_id, self.tokens_per_picture, 1).cumsum()
         keep = int((widths <= self.max_length).sum())
         if self.image_token_id in ids[keep:]:
@@ -893,7 +896,8 @@ def show(dataset: LlavaDataset, i: int, as_json: bool):
         print(json.dumps({key: batch[key][0].tolist() for key in ("input_ids", "labels")}))
         return
     colour = sys.stdout.isatty()
-    print(f"{dataset.records.where(i)}: {len(item['pixel_values'])} pictures, "
+    pictures = len(item["pixel_values"])
+    print(f"{dataset.records.where(i)}: {pictures} picture{'s' * (pictures != 1)}, "
           f"{batch['lengths'][0]} tokens, {(item['labels'] != IGNORE).sum()} of them supervised, "
           f"{item['cut']} cut off")
     for pixels in item["pixel_values"] if colour else []:

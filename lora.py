@@ -17,7 +17,7 @@ pass through the frozen 4-bit layers on their way to adapters in full precision.
     python lora.py merge --model_name_or_path DIR --adapter DIR --out DIR [--dequantize]
 
 `rename`, below, maps the path of a module or tensor to the path that PEFT sees, if they differ. It
-changes the front of a path only, and a renamed path not at all. (`str` changes nothing.)
+rewrites only a prefix, and is idempotent. (`str` changes nothing.)
 
 Sources: LoRA arXiv:2106.09685, QLoRA arXiv:2305.14314, rsLoRA arXiv:2312.03732, and for the files
 https://huggingface.co/docs/peft/developer_guides/checkpoint
@@ -252,7 +252,7 @@ RIGHT = {
     "modules_to_save": lambda names: names is None or are_names(names),
     "quantized": are_names,
 }  # fmt: skip
-PLAIN = {  # Variants of LoRA whose keys and shapes do not give them away, and what excludes them.
+PLAIN = {  # What excludes the variants of LoRA that cannot be told from keys and shapes.
     "peft_type": ["LORA"],
     "init_lora_weights": [None, True, False, "gaussian"],  # PiSSA, LoftQ and such change the base
     "alpha_pattern": [None, {}],
@@ -438,7 +438,8 @@ def read_folder(folder):
 def weight_files(folder):
     files = sorted(Path(folder).glob("model*.safetensors"))
     if not files:
-        raise FileNotFoundError(f"{folder} has no model.safetensors or model-*.safetensors")
+        raise FileNotFoundError(f"{folder} has no model.safetensors or model-*.safetensors (.bin "
+                                "files are not merged into)")
     return files
 
 
@@ -511,7 +512,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     commands = parser.add_subparsers(required=True)
     add = commands.add_parser("merge", help="add an adapter to its base's weights").add_argument
-    add("--model_name_or_path", required=True, help="folder of the base model")
+    add("--model_name_or_path", required=True, help="the base model's folder, or hub id")
     add("--adapter", required=True, help="folder of the adapter")
     add("--out", required=True, help="folder to write, a new one")
     boolean = {"nargs": "?", "const": "True", "default": "False", "choices": ["True", "False"]}
@@ -519,12 +520,12 @@ def main(argv=None):
     add("--dequantize", help=note, **boolean)
     args = parser.parse_args(argv)
     try:
-        from model import transformers_name as rename  # LLaVA's names on disk > those PEFT sees
+        from model import resolve, transformers_name as rename  # names on disk > those PEFT sees
     except ImportError:
-        rename = str  # this file alone, in another project
+        resolve, rename = Path, str  # this file alone, in another project
     try:
         dequantize = args.dequantize == "True"
-        merge(args.model_name_or_path, args.adapter, args.out, rename, dequantize)
+        merge(resolve(args.model_name_or_path), args.adapter, args.out, rename, dequantize)
     except (ValueError, OSError, SafetensorError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -2,8 +2,8 @@
 
     pixel_values (N, 3, 336, 336) > vision_tower           (N, P, Dv)   CLIP's, last layer but one
                                   > multi_modal_projector  (N, P, D)    the small new part
-    input_ids    (B, T)           > embeddings             (B, T, D)    N * P of them <image>, and
-                                    written over these     (B, T, D)
+    input_ids    (B, T)           > embeddings             (B, T, D)    N * P ids are <image>
+                                  > merge                  (B, T, D)    pictures over those
                                   > language_model         (B, T, D)
                                   > head, where labelled   (S, V)       > loss
 
@@ -56,10 +56,10 @@ EMBEDDINGS, HEAD = "language_model.model.embed_tokens.weight", "language_model.l
 
 
 class VisionTower(nn.Module):
-    """(N, 3, S, S) > (N, P, Dv): patches behind layer `vision_feature_layer`, without CLIP's CLS.
+    """(N, 3, S, S) > (N, P, Dv): patches after layer `vision_feature_layer`, without CLIP's CLS.
 
-    LLaVA reads the last layer but one, so what lies behind it is never built: it would cost time,
-    and as it gets no gradient it would trip everything that expects one.
+    LLaVA reads layer -2, so the last layer is never built: its output is not used, so it would cost
+    time and get no gradient.
     """
 
     def __init__(self, config: LlavaConfig):
@@ -129,9 +129,9 @@ class Llava(nn.Module):
     def embed(self, input_ids, pixel_values):
         """(B, T, D): the text's embeddings, with each picture's features over its placeholders.
 
-        A batch without a picture sends a blank one through tower and projector, for nothing: with
-        many processes each must take the same path, and every weight that trains must get a
-        gradient, if only zero.
+        A batch without a picture sends a blank one through tower and projector and discards the
+        result. Under ZeRO-3 a process that calls a module waits until all others call it too, and
+        would wait for ever; and every weight that trains must get a gradient, if only zero.
         """
         is_image = input_ids == self.config.image_token_id
         assert is_image.sum() == len(pixel_values) * self.tokens_per_picture, (

@@ -5657,8 +5657,6 @@ def test_every_command_of_the_readme_runs(world, tmp_path, monkeypatch, capsys):
             ]
         if "chat" in argv:
             argv += ["--max_new_tokens", "2"]
-        if "toy" in argv:
-            argv += ["--scenes", "8"]
         if "okvqa" in argv:
             argv += ["--val_fraction", "0.3"]  # of 10 pictures
         if file == "bench.py":  # what it was asked for, less of it, and the last flag counts
@@ -5666,7 +5664,11 @@ def test_every_command_of_the_readme_runs(world, tmp_path, monkeypatch, capsys):
             argv += "--shape tiny --cases projector --mix caption --micro_batch 1 --peers".split()
             argv += "--steps 1 --rounds 1 --product 64 --workers 0".split()
         modules = {"train.py": train, "model.py": llava, "data.py": data, "lora.py": lora, "bench.py": bench}
+        capsys.readouterr()
         assert modules[file].main(argv) == 0, (line, capsys.readouterr().err)
+        if "show" in argv:  # its output stands below it
+            printed = capsys.readouterr().out.split()
+            assert " ".join(printed) in " ".join((HERE / "README.md").read_text().split())
         ran.append(file)
     assert Counter(ran)["train.py"] >= 3 and set(ran) == {
         "train.py",

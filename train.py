@@ -268,11 +268,11 @@ class ZeRO(Alone):
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
 
     def share(self, config: dict, dtype):
-        """Leaves this rank its share of each weight, weight by weight.
+        """Partitions the weights among the ranks, one weight at a time.
 
-        NOTE: `initialize` alone would first move the whole model to the device, and write over it
-        what rank 0 has: pages that the ranks share, as they are mapped from the file, would become
-        each one's own. So a weight is copied just before.
+        NOTE: `initialize` alone would move the whole model to the device and overwrite it with what
+        rank 0 has. Every rank would then have a copy of the file's pages, which all share now. So
+        each weight is copied just before it is partitioned.
         """
         for module in reversed(list(self.model.modules())):  # children first
             for p in module.parameters(recurse=False):
@@ -1306,7 +1306,8 @@ def train(args, config: dict | None, signals: list) -> int:
         handle_faults(faults, skipped, args)
 
         sums = torch.zeros(2, dtype=torch.float64, device=device)  # loss, tokens right
-        for i, batch in enumerate(window):  # `world`, as DeepSpeed averages over the ranks
+        # DeepSpeed averages gradients over ranks; * world turns the average back into a sum.
+        for i, batch in enumerate(window):
             loss, right = engine.forward(*to_device(batch, device))
             engine.backward(loss * engine.world / max(supervised, 1), i == accumulation - 1)
             sums += torch.stack([loss.detach(), right])
