@@ -423,7 +423,7 @@ def load_weights(model: Llava, tensors: dict, where: str, dtype=None, device="cp
         tensors.pop(f"{layer}.weight"), tensors.pop(f"{layer}.bias", None)
     for name, tensor in tensors.items():
         path, _, leaf = name.rpartition(".")
-        # In 4 bits, copies: one tensor still mapped would keep the pages of all that are packed now.
+        # In 4 bits, copies: a tensor still mapped would keep the pages of all that are packed now.
         tensor = tensor.to(device, dtype or tensor.dtype, copy=quantize is not None)
         setattr(model.get_submodule(path), leaf, nn.Parameter(tensor))
     if model.config.tie_word_embeddings:

@@ -4719,6 +4719,10 @@ def test_a_weight_that_should_train_and_gets_no_gradient_stops_the_run(
         (dict(deepspeed=HERE / "ds_zero2.json", offload="all"), "use ds_zero3.json"),
         (dict(data_path=None), "--data_path is needed"),
         (dict(early_stopping_patience=2), "needs --validation_data_path"),
+        (dict(lora_r=4, train_type="projector"), "--lora_r is for a new adapter"),
+        (dict(lora_r=0, train_type="use_lora"), "is not from 1"),
+        (dict(lora_alpha="nan", train_type="use_lora"), "is not from"),
+        (dict(validation_data_path=""), "--validation_data_path is empty"),
     ],
 )
 def test_bad_flags_are_one_line_and_write_nothing(world, tmp_path, flags, says):
