@@ -3925,13 +3925,18 @@ def test_reports_go_to_tensorboard_or_wandb(world, tmp_path, monkeypatch, kind):
     What such a library raises stops the run in one line, on all ranks: see Attempts.
     """
     flags = dict(validation_data_path=world / "rows.json", max_steps=2, report_to=kind)
+    (tmp_path / "wandb_or_such").mkdir()  # a folder, as wandb leaves one, is no package
+    with monkeypatch.context() as here:
+        here.syspath_prepend(str(tmp_path))
+        assert not train.is_installed("wandb_or_such") and train.is_installed("torch")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     error = io.StringIO()
     with pytest.raises(SystemExit) as stop, contextlib.redirect_stderr(error):
         train.parse([w for k, v in flags.items() for w in (f"--{k}", str(v))]
                     + ["--model_name_or_path", "x", "--eval_only"])  # fmt: skip
     assert stop.value.code == 2 and f"pip install {kind}" in error.getvalue()
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
+    installed = types.SimpleNamespace(origin="here")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: installed)
     told, module = [], types.ModuleType(kind)
 
     class Writer:
@@ -4940,6 +4945,20 @@ def test_an_adapter_goes_on_learning_and_4_bits_are_for_lora_only(world, tmp_pat
         assert stop.value.code == 2
     status, _, error = run(world, tmp_path / "c", **LORA | dict(lora_target_modules="nothing"))
     assert status == 2 and "nothing" in error and not (tmp_path / "c").exists()
+
+
+def test_an_adapter_that_trains_more_than_is_kept_is_refused(world, tmp_path):
+    assert run(world, tmp_path / "a", **LORA | dict(max_steps=1))[0] == 0
+    adapter, more = tmp_path / "a" / "final", "model.language_model.embed_tokens"
+    config = json.loads((adapter / lora.CONFIG).read_text())
+    config["modules_to_save"].append(more)
+    (adapter / lora.CONFIG).write_text(json.dumps(config))
+    tensors = load_file(adapter / lora.WEIGHTS)
+    source = lora.read_folder(world / "llava")
+    tensors[f"{lora.PREFIX}{more}.weight"] = source[llava.EMBEDDINGS].float()
+    save_file(tensors, adapter / lora.WEIGHTS)
+    status, _, error = run(world, tmp_path / "b", **LORA | OWN | dict(adapter=adapter))
+    assert status == 2 and "embed_tokens.weight whole" in error and not (tmp_path / "b").exists()
 
 
 def test_a_damaged_run_is_named_and_a_half_written_checkpoint_passed_over(world, tmp_path):
