@@ -808,7 +808,7 @@ def chat(args):
     folder, cuda = resolve(args.model_name_or_path), torch.cuda.is_available()
     dtype, device = (torch.bfloat16, "cuda") if cuda else (None, "cpu")
     model = open_model(folder, args.adapter, args.bits, dtype, device).eval()
-    text = ChatText(open_tokenizer(folder, args.adapter))
+    text = ChatText(open_tokenizer(folder, args.adapter), args.version)
     transform = PictureTransform.from_pretrained(folder)
     options = {"max_new_tokens": args.max_new_tokens, "do_sample": args.temperature > 0}
     if args.temperature > 0:
@@ -858,7 +858,8 @@ def parse(argv):
     add("--language_model", help="the language model's folder, or hub id")
     add("--out", required=True, help="folder to write to")
     add("--mm_projector_type", default="mlp2x_gelu", help="linear, or mlpNx_gelu")
-    add("--version", default="own", choices=[v for v in VERSIONS if v != "plain"],
+    templates = [version for version in VERSIONS if version != "plain"]
+    add("--version", default="own", choices=templates,
         help="the chat template to save; own: the language model's")
     add("--image_aspect_ratio", default="pad", choices=["pad", "square"],
         help="how pictures become square")
@@ -867,6 +868,7 @@ def parse(argv):
     add = command.add_argument
     add("--model_name_or_path", required=True, help="a LLaVA folder, or hub id")
     add("--adapter", help="an adapter that was trained on it")
+    add("--version", default="own", choices=templates, help="the chat template; own: the folder's")
     add("--bits", type=int, choices=[16, 4], default=16, help="4: the decoder in nf4")
     add("--image", nargs="*", default=[], help="pictures to begin with")
     add("--prompt", help="one question; its answer, alone, goes to stdout")

@@ -2356,6 +2356,14 @@ def test_chat_prints_the_greedy_answer_alone_whatever_the_folder_suggests(tmp_pa
     assert out == processor.decode(new, skip_special_tokens=True).strip() + "\n" != "\n"
 
 
+def test_chat_with_a_published_folder_whose_template_ends_no_answer_takes_a_version(tmp_path, capsys):
+    folder = built(tmp_path)
+    (folder / "chat_template.jinja").write_text(LLAVA_HF)
+    ask = ["chat", "--model_name_or_path", str(folder), "--max_new_tokens", "4", "--prompt", QUESTION]
+    assert llava.main(ask) == 2 and "--version v1" in capsys.readouterr().err
+    assert llava.main([*ask, "--version", "v1"]) == 0 and capsys.readouterr().out.strip()
+
+
 def test_chat_remembers_the_conversation_and_survives_a_wrong_line(
     good, tmp_path, capsys, monkeypatch
 ):
