@@ -130,11 +130,14 @@ def inject(model, target_modules, r, alpha, dropout=0.0, use_rslora=False, dtype
     An adapter is a child module `lora`, and a forward hook that adds its output. So a layer keeps
     its class, keys and kernel, and nn.Linear and bitsandbytes' 4-bit one are adapted alike. (Hooks
     also keep nn.TransformerEncoder off its fast path in eval mode, which calls no layer's forward.)
-    dtype is that of A and B, by default the one in which the layer computes.
-    Raises ValueError if nothing matches or r < 1.
+    dtype is that of A and B, by default the one in which the layer computes. NOTE: in bf16 an
+    optimizer loses most of its small steps unless it keeps fp32 master weights, as train.py and
+    DeepSpeed do; in a plain loop, say torch.float32.
+    Raises ValueError if nothing matches, r < 1 or dropout is no share below 1.
     """
-    if r < 1:
-        raise ValueError(f"r is {r}, but the rank of LoRA is at least 1")
+    if r < 1 or not 0 <= dropout < 1:
+        raise ValueError(f"r is {r} and dropout {dropout}: the rank of LoRA is at least 1, and "
+                         "dropout from 0 to below 1")
     linears = find_linears(model, target_modules)
     model.requires_grad_(False)
     for name, linear in linears.items():

@@ -3054,6 +3054,8 @@ def test_inject_refuses_r_of_0_and_patterns_without_a_match():
     model = tiny_llava()
     with pytest.raises(ValueError, match="r is 0"):
         lora.inject(model, BLOCKS, r=0, alpha=8)
+    with pytest.raises(ValueError, match="dropout 1: "):
+        lora.inject(model, BLOCKS, r=4, alpha=8, dropout=1)
     with pytest.raises(ValueError, match="'q_proj' matches no linear layer's whole path .one is"):
         lora.inject(model, "q_proj", r=4, alpha=8)
     with pytest.raises(ValueError, match="not a regular expression"):
