@@ -23,6 +23,7 @@ transformers' models/llava.
 
 import copy
 import functools
+import itertools
 import json
 import os
 import pickle
@@ -40,9 +41,12 @@ from huggingface_hub import snapshot_download, split_torch_state_dict_into_shard
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.overrides import TorchFunctionMode
-from transformers import (AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer,
-                          GenerationConfig, LlavaConfig, PreTrainedConfig, TextStreamer)
+from transformers import (AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModel,
+                          AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlavaConfig,
+                          PreTrainedConfig, TextStreamer)
 from transformers.activations import ACT2FN
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 from transformers.utils import logging as transformers_logging
 
@@ -68,6 +72,7 @@ class VisionTower(nn.Module):
         vision.num_hidden_layers += 1 + config.vision_feature_layer
         vision.vision_use_head = False  # SigLIP's pooling
         tower = AutoModel.from_config(vision)
+        attend_in_blocks(tower)
         self.vision_model = getattr(tower, "vision_model", tower)  # transformers has both layouts
         self.vision_model.post_layernorm = nn.Identity()
         self.first = 1 if config.vision_feature_select_strategy == "default" else 0
@@ -116,6 +121,7 @@ class Llava(nn.Module):
             getattr(config, "mm_projector_type", "mlp2x_gelu"), config.vision_config.hidden_size,
             config.text_config.hidden_size)
         self.language_model = AutoModelForCausalLM.from_config(config.text_config)
+        attend_in_blocks(self.language_model)
         keep_less(self.language_model)
         # Greedy is greedy: nothing that a folder suggests (sampling, penalties) applies unasked.
         self.language_model.generation_config = GenerationConfig()
@@ -203,7 +209,7 @@ def check_head(language_model):
             "it was trained as: take a model of Llama's kind")
 
 
-# --- the same decoder, with less kept for the backward pass ---
+# --- the same layers, faster or with less kept for the backward pass ---
 
 
 class SwiGLU(torch.autograd.Function):
@@ -248,6 +254,83 @@ class RMSNorm(torch.autograd.Function):
         slope = grad.to(wide, copy=True).mul_(weight)
         along = (slope * normed).mean(-1, keepdim=True)  # the part that normalising takes out
         return slope.sub_(normed.mul_(along)).mul_(scale).to(x.dtype), dweight, None
+
+
+class BlockAttention(torch.autograd.Function):
+    """softmax(q k' * scale) v for some queries at a time, whose scores stay in a CPU's caches.
+
+    q (B, K, G, T, C) has G heads for each of the K of k and v (B, K, T, C). Only these three are
+    kept: the backward pass computes each block's weights again (FlashAttention, arXiv:2205.14135).
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, scale, causal):
+        ctx.save_for_backward(q, k, v)
+        ctx.scale, ctx.causal, out = scale, causal, torch.empty_like(q)
+        for (qi, oi), (ki, vi) in blocks((q, out), (k, v), causal):
+            oi.copy_((weights(qi, ki, scale, causal) @ vi).view_as(oi))
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        q, k, v = ctx.saved_tensors
+        wide, dq = torch.promote_types(q.dtype, torch.float32), torch.empty_like(q)
+        dk, dv = (torch.zeros_like(x, dtype=wide) for x in (k, v))  # sums over blocks
+        for (qi, gi, dqi), (ki, vi, dki, dvi) in blocks((q, grad, dq), (k, v, dk, dv), ctx.causal):
+            wi, gi = weights(qi, ki, ctx.scale, ctx.causal), gi.flatten(1, 2)
+            dvi += wi.mT @ gi
+            slope = torch.ops.aten._softmax_backward_data(gi @ vi.mT, wi, -1, wi.dtype)
+            dqi.copy_((slope @ ki).view_as(dqi))
+            dki += slope.mT @ qi.flatten(1, 2)
+        return dq.mul_(ctx.scale), dk.mul_(ctx.scale).to(k.dtype), dv.to(v.dtype), None, None
+
+
+def blocks(of_queries, of_keys, causal, size=128):
+    """Views of (B, K, G, T, C) and (B, K, T, C): a row's next queries (K, G, at most size, C), and
+    the keys that they see (K, S, C).
+    """
+    rows, length = len(of_queries[0]), of_queries[0].shape[3]
+    for row, start in itertools.product(range(rows), range(0, length, size)):
+        stop = min(start + size, length)
+        yield ([x[row, :, :, start:stop] for x in of_queries],
+               [x[row, :, :stop if causal else length] for x in of_keys])
+
+
+def weights(q, k, scale, causal):
+    """softmax(q k' * scale), (K, G * t, S), of a block; causal: its last query is that of key S."""
+    scores = torch.baddbmm(q.new_empty(1), q.flatten(1, 2), k.mT, beta=0, alpha=scale)
+    if causal:
+        _, heads, t, _ = q.shape
+        later = torch.ones(t, t, dtype=torch.bool).triu(1)
+        scores.unflatten(1, (heads, t))[..., -t:].masked_fill_(later, -torch.inf)
+    return scores.softmax(-1)
+
+
+def attend(module, q, k, v, attention_mask, dropout=0.0, scaling=None, is_causal=None, **options):
+    """transformers' attention through torch's, but in blocks for bf16 without a mask on a CPU.
+
+    There torch's kernel reaches a fifth of the rate of its own matrix products (AVX512-BF16); a
+    step in blocks is 1.2 to 1.4 times faster.
+    """
+    usual = (attention_mask is None and not dropout and not options.get("softcap")
+             and k.shape == v.shape and q.shape[2] == k.shape[2] > 1)
+    if not usual or q.dtype != torch.bfloat16 or q.device.type != "cpu":
+        return sdpa_attention_forward(module, q, k, v, attention_mask, dropout=dropout,
+                                      scaling=scaling, is_causal=is_causal, **options)
+    scale = q.shape[-1]**-0.5 if scaling is None else scaling
+    causal = module.is_causal if is_causal is None else is_causal
+    out = BlockAttention.apply(q.unflatten(1, (k.shape[1], -1)), k, v, scale, causal)
+    return out.flatten(1, 2).transpose(1, 2).contiguous(), None  # (B, T, heads, C)
+
+
+AttentionInterface.register("blocks", attend)
+AttentionMaskInterface.register("blocks", sdpa_mask)
+
+
+def attend_in_blocks(model):
+    if model.config._attn_implementation == "sdpa":  # some families need another
+        model.set_attn_implementation("blocks")
 
 
 def gated_mlp(self, x):
@@ -421,10 +504,12 @@ def load_weights(model: Llava, tensors: dict, where: str, dtype=None, device="cp
     model.disk_dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
     for layer in quantize(model, tensors=tensors) if quantize else []:
         tensors.pop(f"{layer}.weight"), tensors.pop(f"{layer}.bias", None)
+    # In 4 bits, copies: a tensor still mapped would keep the pages of all that are packed now.
+    copy = quantize is not None
+    model.aside = {name: tensor.to(tensor.dtype, copy=copy) for name, tensor in model.aside.items()}
     for name, tensor in tensors.items():
         path, _, leaf = name.rpartition(".")
-        # In 4 bits, copies: a tensor still mapped would keep the pages of all that are packed now.
-        tensor = tensor.to(device, dtype or tensor.dtype, copy=quantize is not None)
+        tensor = tensor.to(device, dtype or tensor.dtype, copy=copy)
         setattr(model.get_submodule(path), leaf, nn.Parameter(tensor))
     if model.config.tie_word_embeddings:
         embeddings = model.language_model.get_input_embeddings()

@@ -87,6 +87,7 @@ from transformers import (
     get_cosine_schedule_with_warmup,
     get_linear_schedule_with_warmup,
 )
+from transformers.models.llama.modeling_llama import LlamaAttention, eager_attention_forward
 
 import bench
 import data
@@ -2298,6 +2299,56 @@ def test_what_keeps_less_computes_what_transformers_does_and_leaves_other_layers
     relu = nn.Sequential(llava.LlamaMLP(LlamaConfig(hidden_size=16, num_attention_heads=2, hidden_act="relu")))
     llava.keep_less(relu)
     assert "forward" not in vars(relu[0])
+
+
+@pytest.mark.parametrize("length, causal", [(1, True), (127, False), (128, True), (300, True)])
+def test_attention_in_blocks_is_torchs_attention(length, causal):
+    """Two rows, six heads that share two of keys and values."""
+    shapes = (2, 2, 3, length, 8), (2, 2, length, 8), (2, 2, length, 8)
+    q, k, v = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes)
+    ours = llava.BlockAttention.apply(q, k, v, 0.3, causal).flatten(1, 2)
+    torchs = F.scaled_dot_product_attention(
+        q.flatten(1, 2), k, v, is_causal=causal, scale=0.3, enable_gqa=True
+    )
+    torch.testing.assert_close(ours, torchs)
+    towards = torch.randn_like(ours)
+    found, expected = (torch.autograd.grad(out, (q, k, v), towards) for out in (ours, torchs))
+    torch.testing.assert_close(found, expected)
+
+
+def test_attention_in_blocks_in_bf16_is_as_exact_as_transformers_eager_one():
+    attention = LlamaAttention(LlamaConfig(hidden_size=32, num_attention_heads=4, num_key_value_heads=2), 0)
+    shapes = (2, 4, 300, 8), (2, 2, 300, 8), (2, 2, 300, 8)
+    tensors = [torch.randn(shape).bfloat16().requires_grad_() for shape in shapes]
+    mask = torch.full((300, 300), -torch.inf).triu(1)[None, None]
+    towards = torch.randn(2, 300, 4, 8).bfloat16()
+
+    def run(attend, tensors, mask):
+        out, _ = attend(attention, *tensors, mask, scaling=8**-0.5)
+        return [out, *torch.autograd.grad(out, tensors, towards.to(out.dtype))]
+
+    exact = run(eager_attention_forward, [t.double() for t in tensors], mask.double())
+    ours, eager = run(llava.attend, tensors, None), run(eager_attention_forward, tensors, mask.bfloat16())
+    for mine, theirs, true in zip(ours, eager, exact):
+        assert mine.dtype == torch.bfloat16 and mine.shape == true.shape
+        assert (mine - true).norm() < 1.1 * (theirs - true).norm() < 0.1 * true.norm()
+
+
+def test_attention_goes_in_blocks_in_bf16_without_a_mask_only(tmp_path, monkeypatch):
+    shapes, apply = [], llava.BlockAttention.apply
+    monkeypatch.setattr(llava.BlockAttention, "apply", lambda q, *rest: shapes.append(q.shape) or apply(q, *rest))
+    for dtype, blocks in ((torch.bfloat16, True), (torch.float32, False)):
+        model = llava.from_pretrained(built(tmp_path / str(dtype)), dtype)
+        shapes.clear()  # of the look at the head
+        ids, pixels, labels, mask = mixed_batch(model.config.image_token_id, "left")
+        model(ids, pixels.to(dtype), labels)[0].backward()
+        layers = model.vision_tower.vision_model.config.num_hidden_layers
+        layers += model.config.text_config.num_hidden_layers
+        assert len(shapes) == blocks * layers
+        shapes.clear()
+        model.language_model(inputs_embeds=model.embed(ids, pixels.to(dtype)), attention_mask=mask)
+        towers = model.vision_tower.vision_model.config.num_hidden_layers
+        assert len(shapes) == blocks * towers  # padded on the left: the decoder has a mask
 
 
 def test_the_image_token_is_never_generated(tmp_path):
