@@ -190,7 +190,7 @@ def nf4_linear(
     layer = Linear4bit(d_in, d_out, has_bias, compute_dtype, device="meta", **nf4)
     layer.weight = Params4bit(weight.detach(), requires_grad=False, module=layer, **nf4)
     if has_bias:
-        layer.bias = nn.Parameter(bias.detach().to(compute_dtype), requires_grad=False)
+        layer.bias = nn.Parameter(bias.detach().to(compute_dtype, copy=True), requires_grad=False)
     # NOTE: on CPUs with AVX512-BF16 the first forward in eval mode would repack the weight for a
     # kernel with coarser scales and no backward: an evaluation would ruin the training after it.
     layer.support_avx512bf16_for_cpu = False

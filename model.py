@@ -23,7 +23,6 @@ transformers' models/llava.
 
 import copy
 import functools
-import itertools
 import json
 import os
 import pickle
@@ -257,70 +256,76 @@ class RMSNorm(torch.autograd.Function):
 
 
 class BlockAttention(torch.autograd.Function):
-    """softmax(q k' * scale) v for some queries at a time, whose scores stay in a CPU's caches.
+    """softmax(q k' * scale) v for a block of queries at a time, so that no T x T scores exist.
 
-    q (B, K, G, T, C) has G heads for each of the K of k and v (B, K, T, C). Only these three are
-    kept: the backward pass computes each block's weights again (FlashAttention, arXiv:2205.14135).
+    q (B, K, G, T, C) has G heads for each of the K of k and v (B, K, T, C), C channels each. Kept
+    are these and each query's highest score; the backward pass computes the rest again
+    (FlashAttention, arXiv:2205.14135). In bf16 a score of 300 is off by up to 1, so scores are
+    computed once for the highest, and once more less the highest: exact where they count.
     """
 
     @staticmethod
     def forward(ctx, q, k, v, scale, causal):
-        ctx.save_for_backward(q, k, v)
-        ctx.scale, ctx.causal, out = scale, causal, torch.empty_like(q)
-        for (qi, oi), (ki, vi) in blocks((q, out), (k, v), causal):
-            oi.copy_((weights(qi, ki, scale, causal) @ vi).view_as(oi))
+        out, highest = torch.empty_like(q), q.new_empty(*q.shape[:-1], 1)
+        for (qi, oi, hi), (ki, vi) in blocks((q, out, highest), (k, v), causal):
+            hi.copy_(scores(qi, ki, scale, causal).amax(-1).view_as(hi))
+            oi.copy_((scores(qi, ki, scale, causal, hi).softmax(-1) @ vi).view_as(oi))
+        ctx.save_for_backward(q, k, v, highest)
+        ctx.scale, ctx.causal = scale, causal
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        q, k, v = ctx.saved_tensors
+        (q, k, v, highest), scale, causal = ctx.saved_tensors, ctx.scale, ctx.causal
         wide, dq = torch.promote_types(q.dtype, torch.float32), torch.empty_like(q)
         dk, dv = (torch.zeros_like(x, dtype=wide) for x in (k, v))  # sums over blocks
-        for (qi, gi, dqi), (ki, vi, dki, dvi) in blocks((q, grad, dq), (k, v, dk, dv), ctx.causal):
-            wi, gi = weights(qi, ki, ctx.scale, ctx.causal), gi.flatten(1, 2)
-            dvi += wi.mT @ gi
-            slope = torch.ops.aten._softmax_backward_data(gi @ vi.mT, wi, -1, wi.dtype)
-            dqi.copy_((slope @ ki).view_as(dqi))
-            dki += slope.mT @ qi.flatten(1, 2)
-        return dq.mul_(ctx.scale), dk.mul_(ctx.scale).to(k.dtype), dv.to(v.dtype), None, None
+        for (qi, hi, gi, dqi), (ki, vi, dki, dvi) in blocks(
+                (q, highest, grad, dq), (k, v, dk, dv), causal):
+            shares, gi = scores(qi, ki, scale, causal, hi).softmax(-1), gi.flatten(1, 2)
+            dvi += shares.mT @ gi
+            gi = torch.ops.aten._softmax_backward_data(gi @ vi.mT, shares, -1, shares.dtype)
+            dqi.copy_((gi @ ki).view_as(dqi))
+            dki += gi.mT @ qi.flatten(1, 2)
+        return dq.mul_(scale), dk.mul_(scale).to(k.dtype), dv.to(v.dtype), None, None
 
 
 def blocks(of_queries, of_keys, causal, size=128):
-    """Views of (B, K, G, T, C) and (B, K, T, C): a row's next queries (K, G, at most size, C), and
-    the keys that they see (K, S, C).
+    """A row and a block of queries at a time: views (K, G, at most size, C) of the first tensors,
+    and of the others (K, keys, C), up to the block's last query if causal.
     """
     rows, length = len(of_queries[0]), of_queries[0].shape[3]
-    for row, start in itertools.product(range(rows), range(0, length, size)):
-        stop = min(start + size, length)
-        yield ([x[row, :, :, start:stop] for x in of_queries],
-               [x[row, :, :stop if causal else length] for x in of_keys])
+    for row in range(rows):
+        for start in range(0, length, size):
+            stop = min(start + size, length)
+            yield ([x[row, :, :, start:stop] for x in of_queries],
+                   [x[row, :, :stop if causal else length] for x in of_keys])
 
 
-def weights(q, k, scale, causal):
-    """softmax(q k' * scale), (K, G * t, S), of a block; causal: its last query is that of key S."""
-    scores = torch.baddbmm(q.new_empty(1), q.flatten(1, 2), k.mT, beta=0, alpha=scale)
+def scores(q, k, scale, causal, less=None):
+    """q k' * scale - less, (K, G * queries, keys), rounded once; causal: the last key is that of
+    the last query.
+    """
+    less = q.new_zeros(1) if less is None else less.flatten(1, 2)
+    product = torch.baddbmm(less, q.flatten(1, 2), k.mT, beta=-1, alpha=scale)
     if causal:
-        _, heads, t, _ = q.shape
-        later = torch.ones(t, t, dtype=torch.bool).triu(1)
-        scores.unflatten(1, (heads, t))[..., -t:].masked_fill_(later, -torch.inf)
-    return scores.softmax(-1)
+        _, heads, queries, _ = q.shape
+        later = torch.ones(queries, queries, dtype=torch.bool).triu(1)
+        product.unflatten(1, (heads, queries))[..., -queries:].masked_fill_(later, -torch.inf)
+    return product
 
 
 def attend(module, q, k, v, attention_mask, dropout=0.0, scaling=None, is_causal=None, **options):
-    """transformers' attention through torch's, but in blocks for bf16 without a mask on a CPU.
+    """transformers' attention: torch's own, but in blocks for bf16 without a mask on a CPU.
 
-    There torch's kernel reaches a fifth of the rate of its own matrix products (AVX512-BF16); a
-    step in blocks is 1.2 to 1.4 times faster.
+    There torch's kernel is far below the rate of its own matrix products.
     """
-    usual = (attention_mask is None and not dropout and not options.get("softcap")
-             and k.shape == v.shape and q.shape[2] == k.shape[2] > 1)
-    if not usual or q.dtype != torch.bfloat16 or q.device.type != "cpu":
+    whole = attention_mask is None and q.shape[2] == k.shape[2] > 1 and not dropout
+    if q.dtype != torch.bfloat16 or q.device.type != "cpu" or not whole:
         return sdpa_attention_forward(module, q, k, v, attention_mask, dropout=dropout,
                                       scaling=scaling, is_causal=is_causal, **options)
-    scale = q.shape[-1]**-0.5 if scaling is None else scaling
     causal = module.is_causal if is_causal is None else is_causal
-    out = BlockAttention.apply(q.unflatten(1, (k.shape[1], -1)), k, v, scale, causal)
+    out = BlockAttention.apply(q.unflatten(1, (k.shape[1], -1)), k, v, scaling, causal)
     return out.flatten(1, 2).transpose(1, 2).contiguous(), None  # (B, T, heads, C)
 
 
@@ -329,7 +334,9 @@ AttentionMaskInterface.register("blocks", sdpa_mask)
 
 
 def attend_in_blocks(model):
-    if model.config._attn_implementation == "sdpa":  # some families need another
+    """For families whose attention is just that: others pass to it what `attend` does not know."""
+    known = model.config.model_type in (*TOWERS, "llama", "mistral", "qwen2", "qwen3")
+    if known and model.config._attn_implementation == "sdpa":
         model.set_attn_implementation("blocks")
 
 
@@ -505,11 +512,11 @@ def load_weights(model: Llava, tensors: dict, where: str, dtype=None, device="cp
     for layer in quantize(model, tensors=tensors) if quantize else []:
         tensors.pop(f"{layer}.weight"), tensors.pop(f"{layer}.bias", None)
     # In 4 bits, copies: a tensor still mapped would keep the pages of all that are packed now.
-    copy = quantize is not None
-    model.aside = {name: tensor.to(tensor.dtype, copy=copy) for name, tensor in model.aside.items()}
+    own = quantize is not None
+    model.aside = {name: tensor.to(tensor.dtype, copy=own) for name, tensor in model.aside.items()}
     for name, tensor in tensors.items():
         path, _, leaf = name.rpartition(".")
-        tensor = tensor.to(device, dtype or tensor.dtype, copy=copy)
+        tensor = tensor.to(device, dtype or tensor.dtype, copy=own)
         setattr(model.get_submodule(path), leaf, nn.Parameter(tensor))
     if model.config.tie_word_embeddings:
         embeddings = model.language_model.get_input_embeddings()

@@ -87,7 +87,8 @@ from transformers import (
     get_cosine_schedule_with_warmup,
     get_linear_schedule_with_warmup,
 )
-from transformers.models.llama.modeling_llama import LlamaAttention, eager_attention_forward
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.models.llama.modeling_llama import LlamaAttention
 
 import bench
 import data
@@ -2316,22 +2317,23 @@ def test_attention_in_blocks_is_torchs_attention(length, causal):
     torch.testing.assert_close(found, expected)
 
 
-def test_attention_in_blocks_in_bf16_is_as_exact_as_transformers_eager_one():
+@pytest.mark.parametrize("offset", [0, 30])
+def test_attention_in_blocks_in_bf16_is_nearly_as_exact_as_torchs(offset):
+    """Scores reach the hundreds where keys have large biases, as Qwen2's do: bf16 rounds these to 1."""
     attention = LlamaAttention(LlamaConfig(hidden_size=32, num_attention_heads=4, num_key_value_heads=2), 0)
-    shapes = (2, 4, 300, 8), (2, 2, 300, 8), (2, 2, 300, 8)
-    tensors = [torch.randn(shape).bfloat16().requires_grad_() for shape in shapes]
-    mask = torch.full((300, 300), -torch.inf).triu(1)[None, None]
+    q, k, v = (torch.randn(2, heads, 300, 8) for heads in (4, 2, 2))
+    q, k = q * (3 if offset else 1), k + offset * torch.randn(1, 2, 1, 8)
+    tensors = [x.bfloat16().requires_grad_() for x in (q, k, v)]
     towards = torch.randn(2, 300, 4, 8).bfloat16()
 
-    def run(attend, tensors, mask):
-        out, _ = attend(attention, *tensors, mask, scaling=8**-0.5)
+    def run(attend, tensors):
+        out, _ = attend(attention, *tensors, None, scaling=8**-0.5)
         return [out, *torch.autograd.grad(out, tensors, towards.to(out.dtype))]
 
-    exact = run(eager_attention_forward, [t.double() for t in tensors], mask.double())
-    ours, eager = run(llava.attend, tensors, None), run(eager_attention_forward, tensors, mask.bfloat16())
-    for mine, theirs, true in zip(ours, eager, exact):
+    exact = run(sdpa_attention_forward, [t.double() for t in tensors])
+    for mine, torchs, true in zip(run(llava.attend, tensors), run(sdpa_attention_forward, tensors), exact):
         assert mine.dtype == torch.bfloat16 and mine.shape == true.shape
-        assert (mine - true).norm() < 1.1 * (theirs - true).norm() < 0.1 * true.norm()
+        assert (mine - true).norm() < max(2 * (torchs - true).norm(), 0.01 * true.norm())
 
 
 def test_attention_goes_in_blocks_in_bf16_without_a_mask_only(tmp_path, monkeypatch):
