@@ -237,25 +237,24 @@ def count(parameters):
 # --- PEFT's files ---
 
 WEIGHTS, CONFIG, PREFIX = "adapter_model.safetensors", "adapter_config.json", "base_model.model."
-DEFAULTS = {  # PEFT's, for what a config leaves out, and ours
-    "r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "use_rslora": False,
-    "target_modules": [], "modules_to_save": None, "base_model_name_or_path": None,
-    "quantized": [], "base_fingerprint": None,
-}  # fmt: skip
+
+
 def are_names(value):
     return isinstance(value, list) and all(isinstance(name, str) for name in value)
 
 
-RIGHT = {
-    "r": lambda r: type(r) is int and r > 0,
-    "lora_alpha": lambda alpha: type(alpha) in (int, float) and math.isfinite(alpha),
-    "lora_dropout": lambda p: type(p) in (int, float) and 0 <= p < 1,
-    "use_rslora": lambda flag: type(flag) is bool,
-    "target_modules": lambda names: isinstance(names, str) or are_names(names),
-    "modules_to_save": lambda names: names is None or are_names(names),
-    "quantized": are_names,
+KEYS = {  # of a config: PEFT's default, and what is right; the last two are ours
+    "r": (8, lambda r: type(r) is int and r > 0),
+    "lora_alpha": (8, lambda alpha: type(alpha) in (int, float) and math.isfinite(alpha)),
+    "lora_dropout": (0.0, lambda p: type(p) in (int, float) and 0 <= p < 1),
+    "use_rslora": (False, lambda flag: type(flag) is bool),
+    "target_modules": ([], lambda names: isinstance(names, str) or are_names(names)),
+    "modules_to_save": ([], are_names),
+    "base_model_name_or_path": ("", lambda path: isinstance(path, str)),
+    "quantized": ([], are_names),
+    "base_fingerprint": ("", lambda digest: isinstance(digest, str)),
 }  # fmt: skip
-PLAIN = {  # What excludes the variants of LoRA that cannot be told from keys and shapes.
+SUPPORTED = {  # What excludes the variants of LoRA that cannot be told from keys and shapes.
     "peft_type": ["LORA"],
     "init_lora_weights": [None, True, False, "gaussian"],  # PiSSA, LoftQ and such change the base
     "alpha_pattern": [None, {}],
@@ -282,7 +281,7 @@ def save(model, out, base=None, rename=str, modules_to_save=(), tensors=None):
     tensors = {PREFIX + key: tensors[name].detach().float().cpu() for name, key in keys.items()}
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, out / f"{WEIGHTS}.part", metadata={"format": "pt"})
+    write_tensors(tensors, out / f"{WEIGHTS}.part")
     (out / f"{CONFIG}.part").write_text(json.dumps(config, indent=2) + "\n")
     for file in (WEIGHTS, CONFIG):  # whole or not at all, each
         (out / f"{file}.part").replace(out / file)
@@ -354,14 +353,14 @@ def read_adapter(folder, shapes, base, rename):
         raise ValueError(f"{folder / CONFIG} is not JSON: {error}") from None
     if not isinstance(config, dict):
         raise ValueError(f"{folder / CONFIG} is not a JSON object")
-    for key, values in PLAIN.items():
+    for key, values in SUPPORTED.items():
         if config.get(key) not in values:
-            raise ValueError(f"{folder / CONFIG}: {key} {config.get(key)} is not offered")
-    config = DEFAULTS | {key: value for key, value in config.items() if value is not None}
-    for key, is_right in RIGHT.items():
+            raise ValueError(f"{folder / CONFIG}: {key} {config.get(key)} is not supported")
+    for key, (default, is_right) in KEYS.items():
+        config[key] = default if config.get(key) is None else config[key]
         if not is_right(config[key]):
             raise ValueError(f"{folder / CONFIG}: {key} cannot be {config[key]!r}")
-    config["modules_to_save"] = whole_paths(config["modules_to_save"] or [], shapes)
+    config["modules_to_save"] = whole_paths(config["modules_to_save"], shapes)
     tensors = read_tensors(folder / WEIGHTS)
     tensors = {rename(key.removeprefix(PREFIX)): tensor for key, tensor in tensors.items()}
     check_keys(tensors, shapes, config, folder)
@@ -453,6 +452,13 @@ def read_tensors(file):
         raise ValueError(f"{file} is damaged: {error}") from None
 
 
+def write_tensors(tensors, file):
+    file.touch()
+    mode = file.stat().st_mode  # the umask's; safetensors makes files private
+    save_file(tensors, file, metadata={"format": "pt"})
+    file.chmod(mode)
+
+
 # --- commands ---
 
 
@@ -478,7 +484,7 @@ def merge(base, adapter, out, rename=str, dequantize=False):
         tensors = read_tensors(file)
         for name, weight in tensors.items():
             tensors[name] = merge_tensor(rename(name), weight, config, adapter_tensors, dequantize)
-        save_file(tensors, partial / file.name, metadata={"format": "pt"})
+        write_tensors(tensors, partial / file.name)
     for file in base.iterdir():
         if file.is_file() and file.suffix not in (".safetensors", ".bin", ".pth", ".pt"):
             shutil.copy(file, partial)
@@ -524,7 +530,9 @@ def main(argv=None):
     args = parser.parse_args(argv)
     try:
         from model import resolve, transformers_name as rename  # names on disk > those PEFT sees
-    except ImportError:
+    except ModuleNotFoundError as error:
+        if error.name != "model":
+            raise
         resolve, rename = Path, str  # this file alone, in another project
     try:
         dequantize = args.dequantize == "True"

@@ -51,8 +51,8 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 from transformers.utils import logging as transformers_logging
 
 IMAGE = "<image>"
-DECODER = r"language_model\.(?!lm_head).+"  # paths of the layers that LoRA adapts and 4 bits pack
-TOWERS = {"clip_vision_model": 1, "siglip_vision_model": 0}  # how many tokens CLS is
+DECODER = r"language_model\.(?!lm_head).+"  # paths of the layers that LoRA adapts and nf4 packs
+TOWERS = {"clip_vision_model": 1, "siglip_vision_model": 0}  # a tower's number of CLS tokens
 EMBEDDINGS, HEAD = "language_model.model.embed_tokens.weight", "language_model.lm_head.weight"
 
 
@@ -86,12 +86,12 @@ class Projector(nn.Sequential):
 
     def __init__(self, kind: str, width_in: int, width_out: int):
         super().__init__()
-        match = re.fullmatch(r"mlp([1-9])x_gelu", kind)
-        if kind != "linear" and not match:
+        match = re.fullmatch(r"linear|mlp([1-9])x_gelu", kind)
+        if not match:
             raise ValueError(f"mm_projector_type {kind}: known are linear and mlpNx_gelu, as in "
                              "mlp2x_gelu")
         self.add_module("linear_1", nn.Linear(width_in, width_out))
-        for i in range(2, int(match[1]) + 1 if match else 2):
+        for i in range(2, int(match[1] or 1) + 1):
             self.add_module(f"act_{i - 1}", nn.GELU())
             self.add_module(f"linear_{i}", nn.Linear(width_out, width_out))
 
@@ -468,9 +468,9 @@ def match_weights(model: Llava, tensors: dict, where: str) -> dict:
     tensors = {canonical(name): tensor for name, tensor in tensors.items()
                if not re.search(r"(position_ids|inv_freq|masked_bias)$", name)}
     built = model.vision_tower.vision_model.config.num_hidden_layers
-    behind = r"vision_tower\.vision_model\.(?:encoder\.layers\.(\d+)|post_layernorm|head)\."
+    unused = r"vision_tower\.vision_model\.(?:encoder\.layers\.(\d+)|post_layernorm|head)\."
     for name in list(tensors):
-        layer = re.match(behind, name)
+        layer = re.match(unused, name)
         if layer and (layer[1] is None or int(layer[1]) >= built):
             model.aside[name] = tensors.pop(name)
     if model.config.tie_word_embeddings:
@@ -824,7 +824,7 @@ def give_sight(tower):
     first, second, _ = tower.encoder.layers
     table, conv = tower.embeddings.position_embedding.weight, tower.embeddings.patch_embedding
     width, side = tower.embeddings.embed_dim, tower.embeddings.patch_size
-    # The norm behind the embeddings takes their scale away, but Adam's steps would soon wipe out
+    # The norm after the embeddings takes their scale away, but Adam's steps would soon wipe out
     # small ones: hence the 50.
     grid, count = (torch.arange(side) + 0.5) / side, width // 4
     conv.weight.zero_()

@@ -2998,6 +2998,7 @@ def test_saved_and_loaded_is_the_same_and_holds_the_fp32_masters(tmp_path):
     assert loaded.keys() == master.keys() and all(torch.equal(loaded[n], master[n]) for n in master)
     assert torch.equal(logits(other), logits(model))
     assert {p.name for p in tmp_path.iterdir()} == {lora.CONFIG, lora.WEIGHTS}
+    assert len({p.stat().st_mode for p in tmp_path.iterdir()}) == 1  # safetensors alone writes 600
 
 
 def test_what_trains_and_would_not_be_saved_is_an_error(tmp_path):
@@ -3066,6 +3067,8 @@ def test_merge_keeps_the_dtype(tmp_path):
     adapter_tensors = load_file(tmp_path / "adapter" / lora.WEIGHTS)
     assert {t.dtype for t in adapter_tensors.values()} == {torch.float32}
     lora.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", llava.transformers_name)
+    (tmp_path / "any file").touch()
+    assert (tmp_path / "out/model.safetensors").stat().st_mode == (tmp_path / "any file").stat().st_mode
     a, b = (lora.read_folder(tmp_path / f) for f in ("base", "out"))
     assert a.keys() == b.keys() and {t.dtype for t in b.values()} == {torch.bfloat16}
     changed = {llava.transformers_name(k) for k in a if not torch.equal(a[k], b[k])}
@@ -3170,9 +3173,9 @@ DAMAGES = {
     "target_modules cannot be 5": lambda a: edit_config(a, target_modules=5),
     "modules_to_save cannot be .*list": lambda a: edit_config(a, modules_to_save=[["list"]]),
     "quantized cannot be 5": lambda a: edit_config(a, quantized=5),
-    "alpha_pattern .* is not offered": lambda a: edit_config(a, alpha_pattern={"q_proj": 2}),
-    "init_lora_weights pissa is not offered": lambda a: edit_config(a, init_lora_weights="pissa"),
-    "peft_type IA3 is not offered": lambda a: edit_config(a, peft_type="IA3"),
+    "alpha_pattern .* is not supported": lambda a: edit_config(a, alpha_pattern={"q_proj": 2}),
+    "init_lora_weights pissa is not supported": lambda a: edit_config(a, init_lora_weights="pissa"),
+    "peft_type IA3 is not supported": lambda a: edit_config(a, peft_type="IA3"),
     "is not JSON": lambda a: (a / "adapter_config.json").write_text("{"),
     "is damaged": lambda a: (a / "adapter_model.safetensors").write_bytes(b"123"),
     "not found": lambda a: (a / "adapter_config.json").unlink(),
@@ -3838,7 +3841,7 @@ def test_the_best_model_and_patience_survive_a_kill(
         run(world, tmp_path / "b", **again)
     monkeypatch.undo()
     status, output, error = run(world, tmp_path / "b", **again)
-    assert status == 0 and "going on from" in output, error
+    assert status == 0 and "resumed from" in output, error
     assert evaluations_of(undisturbed) == evaluations_of(tmp_path / "b")
     assert summary.splitlines()[-5:] == [
         line.replace(f"{tmp_path}/b", str(undisturbed)) for line in output.splitlines()[-5:]
@@ -3888,9 +3891,9 @@ WORDS = ["Wörter", "数字", "🙂", "a", "frog.", "x" * 99, "\u0007", "don't",
 @given(st.lists(st.sampled_from(WORDS), max_size=30), st.integers(100, 500), st.integers(1, 4))
 def test_text_in_pictures_is_wrapped_and_what_the_font_lacks_is_escaped(words, width, most):
     font = train.ImageFont.load_default(26)
-    lines = train.fit("\n".join(words), font, width, most)
+    lines = train.wrap("\n".join(words), font, width, most)
     assert len(lines) <= most and all(font.getlength(line) <= width for line in lines)
-    shown = train.fit(" ".join(words), font, width, 10**6)
+    shown = train.wrap(" ".join(words), font, width, 10**6)
     whole = "".join(words).encode("unicode_escape").decode()
     assert "".join(shown).replace(" ", "") == whole
     assert whole.isascii() and (len(shown) <= most or lines[-1].endswith("..."))
@@ -4263,7 +4266,7 @@ def test_many_processes_equal_one(
 
 
 def test_zero_3_casts_what_the_file_holds_in_another_dtype(world, tmp_path):
-    """Its weights stay mapped, in the file's dtype, until they are shared out."""
+    """Its weights stay mapped, in the file's dtype, until they are partitioned."""
     folder = built(tmp_path, dtype=torch.bfloat16)
     flags = LORA | STILL | {"model_name_or_path": folder, "max_steps": 3, "eval_samples": 0}
     assert run(world, tmp_path / "a", **flags)[0] == 0
@@ -4362,7 +4365,7 @@ def gigabyte(tmp_path_factory):
 @pytest.mark.long
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_memory_of_a_process_falls_with_their_number(gigabyte, ranks):
-    """ZeRO-2 shares out masters and moments, ZeRO-3 the weights too; while a model is loaded for it no
+    """ZeRO-2 partitions masters and moments, ZeRO-3 the weights too; while a model is loaded for it no
     process has a copy of its own, but maps the file, whose pages all share: two processes cost no more
     than one (measured: 1, 2, 4 have 1577, 1296, 1604 MiB of their own and map 1006, for a model of 986).
     """
@@ -4376,7 +4379,7 @@ def test_memory_of_a_process_falls_with_their_number(gigabyte, ranks):
     print(f"ZeRO-3, {ranks}: weights {weights:.0f} MiB; while loading all have {own:.0f} MiB of their own, "
           f"{mapped:.0f} MiB of the file")  # fmt: skip
     assert weights == pytest.approx(size / ranks, rel=0.05)
-    # Together: the model once as it is shared out, once as it is mapped; some buffers of each process.
+    # Together: the model once as it is partitioned, once as it is mapped; some buffers of each process.
     assert own < size + 650 * ranks and mapped < size + 50
 
 
@@ -4589,7 +4592,7 @@ def test_a_damaged_checkpoint_is_named_and_latest_takes_the_one_before(
         world, tmp_path / "a", ranks, **flags, resume_from_checkpoint="latest"
     )
     assert statuses == [0] * ranks and output.count("passed over") == 3, output
-    assert f"going on from {tmp_path}/a/checkpoint-1" in output
+    assert f"resumed from {tmp_path}/a/checkpoint-1" in output
     same_end(whole, tmp_path / "a")
 
 

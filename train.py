@@ -77,14 +77,15 @@ NEW_ADAPTER = {"lora_r": 128, "lora_alpha": 256, "lora_dropout": 0.05,
 def load_model(args, source: Path, device: str, stage: int = 0):
     """The model as the flags want it: in 4 bits or not, with an adapter or not, what trains set.
 
-    For ZeRO's stage 3 its weights stay mapped from the file, and in the file's dtype: see `share`.
+    For ZeRO's stage 3 its weights stay mapped from the file, and in the file's dtype, until
+    `ZeRO.partition` takes them.
     """
     dtype = torch.bfloat16 if args.bf16 else torch.float32
-    storage = dtype if stage == 3 else torch.uint8  # ZeRO-3 cannot share out bytes
-    late = stage == 3 and args.bits == 16 and not args.adapter
+    storage = dtype if stage == 3 else torch.uint8  # ZeRO-3 cannot partition bytes
+    as_on_disk = stage == 3 and args.bits == 16 and not args.adapter
     if stage == 3 and args.bits == 16:
         device = "cpu"  # mapped from the file, until DeepSpeed takes this rank's share of it
-    model = llava.open_model(source, args.adapter, args.bits, None if late else dtype, device,
+    model = llava.open_model(source, args.adapter, args.bits, None if as_on_disk else dtype, device,
                              storage)
     if args.train_type == "use_lora":
         lora.base_fingerprint(source, llava.transformers_name)  # fail now, not at a save
@@ -150,7 +151,7 @@ def set_learning_rates(optimizer, factor: float):
         group["lr"] = group["base_lr"] * factor
 
 
-# --- engines: the same calls, whatever is behind them ---
+# --- engines: plain torch or DeepSpeed, by the same calls ---
 
 
 class Agreed(ValueError):
@@ -193,21 +194,21 @@ class Alone:
 
 
 class Plain(Alone):
-    """Does in plain torch what DeepSpeed does: fp32 gradients and masters behind bf16 weights."""
+    """Does in plain torch what DeepSpeed does: fp32 gradients and masters of bf16 weights."""
 
     def __init__(self, model, args):
         self.model, self.max_grad_norm = model, args.max_grad_norm or math.inf  # 0: no clipping
-        self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.masters = {name: p if p.dtype == torch.float32 else p.detach().float()
-                        for name, p in self.trained.items()}
+                        for name, p in trained.items()}
         self.optimizer = make_optimizer(self.masters, args)
-        for name, p in self.trained.items():
-            if p is not self.masters[name]:
-                p.register_post_accumulate_grad_hook(
-                    lambda p, master=self.masters[name]: self._collect(p, master))
+        self.copies = [(self.masters[name], p) for name, p in trained.items()
+                       if p is not self.masters[name]]
+        for master, p in self.copies:
+            p.register_post_accumulate_grad_hook(functools.partial(self._collect, master))
 
     @staticmethod
-    def _collect(p, master):
+    def _collect(master, p):
         """Adds a bf16 gradient to its fp32 sum as soon as it is complete, and frees it."""
         master.grad = p.grad.float() if master.grad is None else master.grad.add_(p.grad)
         p.grad = None
@@ -224,15 +225,14 @@ class Plain(Alone):
         norm = torch.nn.utils.clip_grad_norm_(self.masters.values(), self.max_grad_norm).item()
         if math.isfinite(norm):
             self.optimizer.step()
-            self._publish()
+            self._copy_masters()
         self.optimizer.zero_grad()
         return norm
 
     @torch.no_grad()
-    def _publish(self):
-        for name, p in self.trained.items():
-            if p is not self.masters[name]:
-                p.copy_(self.masters[name])
+    def _copy_masters(self):
+        for master, p in self.copies:
+            p.copy_(master)
 
     def state(self, frozen: bool = True) -> dict:
         """{name: fp32 tensor} of all that trains."""
@@ -247,7 +247,7 @@ class Plain(Alone):
         for name, master in self.state().items():
             master.copy_(saved["weights"][name])
         self.optimizer.load_state_dict(saved["optimizer"])
-        self._publish()
+        self._copy_masters()
 
 
 class ZeRO(Alone):
@@ -260,7 +260,7 @@ class ZeRO(Alone):
 
         self.model, self.deepspeed = model, deepspeed
         if config["zero_optimization"]["stage"] == 3:
-            self.share(config, torch.bfloat16 if args.bf16 else torch.float32)
+            self.partition(config, torch.bfloat16 if args.bf16 else torch.float32)
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.engine, *_ = deepspeed.initialize(
             model=model, optimizer=make_optimizer(trained, args), config=config)
@@ -268,7 +268,7 @@ class ZeRO(Alone):
         self.optimizer = self.engine.optimizer
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
 
-    def share(self, config: dict, dtype):
+    def partition(self, config: dict, dtype):
         """Partitions the weights among the ranks, one weight at a time.
 
         NOTE: `initialize` alone would move the whole model to the device and overwrite it with what
@@ -376,7 +376,7 @@ def deepspeed_config(args) -> dict:
     if not isinstance(zero, dict) or zero.get("stage") not in (2, 3):
         raise ValueError(f"--deepspeed {args.deepspeed}: zero_optimization needs a stage, 2 or 3")
     if args.offload == "all" and zero["stage"] == 2:
-        raise ValueError(f"--offload all: {args.deepspeed} is ZeRO-2, which shares out no weights; "
+        raise ValueError(f"--offload all: {args.deepspeed} is ZeRO-2, which partitions no weights; "
                          "use ds_zero3.json, or --offload optimizer")
     memory = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     zero = {**zero, **{section: memory for section in OFFLOADED[args.offload]}}
@@ -572,7 +572,7 @@ def rows_a_step(args) -> int:
 
 
 def open_run(args) -> tuple[str, list[Path]]:
-    """The id of the run in `output_dir`, and the checkpoints to go on from, the best one last.
+    """The id of the run in `output_dir`, and the checkpoints to resume from, the best one last.
 
     Raises ValueError where `output_dir` is the source, another run's, or something else.
     """
@@ -582,11 +582,11 @@ def open_run(args) -> tuple[str, list[Path]]:
     if not (out / "run.json").is_file():
         check_empty(out)
         if args.resume_from_checkpoint not in (None, "latest"):
-            raise ValueError(f"--output_dir {out}: no run there that could go on from "
+            raise ValueError(f"--output_dir {out}: no run there to resume from "
                              f"{args.resume_from_checkpoint}")
         return secrets.token_hex(8), []
     if args.resume_from_checkpoint is None:
-        raise ValueError(f"--output_dir {out} holds a run: go on with --resume_from_checkpoint "
+        raise ValueError(f"--output_dir {out} holds a run: resume it with --resume_from_checkpoint "
                          "latest, or name a new folder")
     run = llava.read_json(out / "run.json")
     for name, value in vars(args).items():
@@ -621,7 +621,7 @@ class Attempts:
 
 
 def save_checkpoint(engine, out: Path, progress: dict, limit: int, attempt, write=None):
-    """All that a run needs to go on bit for bit, written aside, then renamed; `limit` are kept.
+    """All that a run needs to resume bit for bit, written aside, then renamed; `limit` are kept.
 
     `write(state, folder)` makes that of a LoRA run a complete adapter, too.
     """
@@ -680,7 +680,7 @@ def load_checkpoint(engine, folders: list[Path], run_id: str, seed: int) -> dict
     """
     for folder in reversed(folders):
         missing = not (folder / "progress.json").is_file()
-        agree([f"--resume_from_checkpoint {folder}: no checkpoint there"] * missing)
+        agree([f"--resume_from_checkpoint {folder}: no checkpoint there"] if missing else [])
         faults = gather(damage(folder, engine.rank, engine.world))
         if not faults:
             break
@@ -690,7 +690,8 @@ def load_checkpoint(engine, folders: list[Path], run_id: str, seed: int) -> dict
     progress = llava.read_json(folder / "progress.json")
     del progress["files"]
     foreign = progress["run"] != run_id
-    agree([f"--resume_from_checkpoint {folder}: another run's; it takes only its own"] * foreign)
+    agree([f"--resume_from_checkpoint {folder}: another run's; it takes only its own"]
+          if foreign else [])
     engine.load(folder, progress["world"])
     if progress["world"] == engine.world:
         rng = torch.load(folder / f"rng-{engine.rank}.pt", map_location="cpu", weights_only=True)
@@ -702,7 +703,7 @@ def load_checkpoint(engine, folders: list[Path], run_id: str, seed: int) -> dict
               "drawn anew")
         torch.manual_seed(seed + engine.rank + progress["step"])
         progress["world"] = engine.world
-    print(f"going on from {folder}")
+    print(f"resumed from {folder}")
     return progress
 
 
@@ -754,7 +755,7 @@ def describe(model, args, steps_per_epoch: int, total_steps: int, rows: int, wor
 def bytes_held(model, args, world: int, stage: int) -> dict:
     """What a process holds between steps, by arithmetic, {what: bytes}.
 
-    ZeRO shares out among `world` processes: stage 2 what the optimizer needs, 3 the weights too.
+    ZeRO partitions among `world` processes: stage 2 what the optimizer needs, 3 the weights too.
     """
     weights = sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in model.parameters())
     training = lora.count(p for p in model.parameters() if p.requires_grad)
@@ -882,7 +883,7 @@ ACCURACIES = {"token_accuracy": ("training tokens", BLUE, 0),
 LADDER = [k * 10.0**e for e in range(-3, 9) for k in (1, 2, 5)]  # where ticks may stand
 
 
-def fit(text: str, font, width: int, most: int) -> list[str]:
+def wrap(text: str, font, width: int, most: int) -> list[str]:
     """At most `most` lines of `width` pixels; what the font cannot show is written as escapes."""
     lacking, lines = bytes(font.getmask("\uffff")), [""]
     for word in visible(text, lambda c: bytes(font.getmask(c)) == lacking).split():
@@ -926,7 +927,7 @@ def draw_card(sheet, x: int, y: int, a: dict, rows: data.LlavaDataset) -> int:
                          (f"expected: {a['answer']}", GREY),
                          (f"{'right' if right else 'wrong'}: {a['prediction']}",
                           GOOD if right else BAD)):
-        lines = fit(text, font, 480, 3)
+        lines = wrap(text, font, 480, 3)
         pen.multiline_text((x, y), "\n".join(lines), colour, font, spacing=8)
         y += 34 * len(lines)
     return y
@@ -983,7 +984,7 @@ def draw_panel(sheet, left: int, title: str, metrics: list[dict], lines: dict, t
 
 def open_reporter(args, run_id: str, step: int, out: Path):
     """A function (figures, answers, sheet) that shows these in TensorBoard, in Weights & Biases or
-    nowhere, for a run that goes on from `step`.
+    nowhere, for a run that resumes from `step`.
     """
     if args.report_to == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter
@@ -1031,7 +1032,7 @@ def whole_lines(path: Path) -> list[str]:
 
 
 def open_log(args, run_id: str, step: int, attempt, out: Path):
-    """Begins the folder of a run, or takes back the lines behind `step`, from where it goes on.
+    """Begins the folder of a run, or takes back the lines after `step`, from which it resumes.
 
     Returns log(m, answers, rows), which shows a step's figures, or an evaluation's with its answers
     to questions on `rows`, to all who look: files, pictures, --report_to.
@@ -1060,7 +1061,7 @@ def open_log(args, run_id: str, step: int, attempt, out: Path):
 
 
 def summarize(args, progress: dict, total_steps: int, source: Path):
-    """Prints what was reached, where it lies, and how to go on with it."""
+    """Prints what was reached, where it lies, and what to do with it."""
     out, step, losses = args.output_dir, progress["step"], dict(progress["evaluations"])
     early = f" of {total_steps}: {since_best(progress)} evaluations without a better loss"
     print(f"done after step {step}{early if step < total_steps else ''}: {out}/final")
@@ -1084,8 +1085,8 @@ class FirstWindow:
 
     def __init__(self, model):
         self.finite = {name: None for name, p in model.named_parameters() if p.requires_grad}
-        self.hooks = [p.register_hook(lambda gradient, name=name: self._note(name, gradient))
-                      for name, p in model.named_parameters() if p.requires_grad]
+        self.hooks = [model.get_parameter(name).register_hook(functools.partial(self._note, name))
+                      for name in self.finite]
 
     def _note(self, name: str, gradient):
         self.finite[name] = self.finite[name] is not False and bool(gradient.isfinite().all())
@@ -1099,8 +1100,8 @@ class FirstWindow:
 
 
 class Trial:
-    """--dry_run: the heaviest step twice, since only then the optimizer has its state, and a few
-    more as they come; nothing is written.
+    """--dry_run: the heaviest step twice (the first one allocates AdamW's moments), and a few more
+    as they come; nothing is written.
     """
 
     def __init__(self, plan, lengths, total_steps: int, device: str):
@@ -1209,7 +1210,7 @@ def evaluate_only(args) -> int:
 
 
 def train(args, config: dict | None, signals: list) -> int:
-    """Trains, or goes on training, with DeepSpeed's `config` or alone; 0 when it is done, 3 when it
+    """Trains, or resumes, with DeepSpeed's `config` or alone; 0 when it is done, 3 when it
     was asked to stop: by `signals`, which fills as they come, or by a file `stop` in `output_dir`.
     """
     torch.manual_seed(args.seed)
@@ -1244,7 +1245,7 @@ def train(args, config: dict | None, signals: list) -> int:
         steps_of, eval_set = lambda epoch: trial.plan, None
         total_steps = steps_per_epoch = len(trial.plan)
 
-    # The run begins, or goes on.
+    # The run begins, or is resumed.
     progress = {"run": run_id, "world": engine.world, "step": 0, "skipped": 0, "cut": 0,
                 "evaluations": []}  # step and loss of each
     if found:
@@ -1349,7 +1350,7 @@ def train(args, config: dict | None, signals: list) -> int:
                             write if args.train_type == "use_lora" else None)
     bar.close()
     if not over():
-        print(f"stopped after step {progress['step']} of {total_steps}: go on with "
+        print(f"stopped after step {progress['step']} of {total_steps}: resume with "
               "--resume_from_checkpoint latest")
         return 3
     if trial:
@@ -1545,7 +1546,8 @@ def start_processes(args):
     """Joins the launcher's other processes; without a launcher, this is one of one."""
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
              "MASTER_PORT": "29500"}
-    os.environ.update({name: os.environ.get(name, value) for name, value in alone.items()})
+    for name, value in alone.items():
+        os.environ.setdefault(name, value)
     keep_memory()
     torch.backends.cuda.matmul.allow_tf32 = args.tf32
     if torch.cuda.is_available():
