@@ -241,8 +241,8 @@ _TEMPLATES = {
 }
 VERSIONS = ["plain", *_TEMPLATES, "own"]
 
-# Put in front of a template, these let it take content as a string and as a list of parts: one
-# hands it on as a string, the other as a list.
+# Prefixes of a template that make each message's content a string, or a list of parts, whichever
+# the template expects.
 _AS_STRING = (
     "{%- set both = namespace(messages=[], text='') -%}"
     "{%- for message in messages -%}"
@@ -278,13 +278,13 @@ class ChatText:
                                                                        answer and end token
     """
 
-    # Put behind every character of a control string in a record, this makes it ordinary text, for
-    # the template as for the tokenizer; its ids are taken out again.
+    # Inserted after each character of a control string in a record, so that neither template nor
+    # tokenizer takes it for one; its ids are taken out again.
     CUT = "\U0010FFFF"  # no character
 
     def __init__(self, tokenizer, version: str = "own"):
         if version not in VERSIONS:
-            raise ValueError(f"--version {version}: offered are {', '.join(VERSIONS)}")
+            raise ValueError(f"--version {version}: known are {', '.join(VERSIONS)}")
         if IMAGE not in tokenizer.get_added_vocab():
             raise ValueError(f"the tokenizer has no token {IMAGE}: `model.py build` adds it")
         self.tokenizer, self.version, self.chat_template = tokenizer, version, None
@@ -350,12 +350,12 @@ class ChatText:
                                      "rendering of an answer: name another with --version v1")
                 end = self.control.search(text, len(before))
                 if not end:
-                    raise ValueError("the chat template puts no end token behind an answer, so the "
+                    raise ValueError("the chat template puts no end token after an answer, so the "
                                      "model would never learn to stop: name another with "
                                      "--version v1")
                 if not text[len(before):end.start()].rstrip().endswith(content):
                     raise ValueError("the chat template changes an answer, or puts no end token "
-                                     "behind it: name another with --version v1")
+                                     "after it: name another with --version v1")
                 edges += [len(before), end.end()]
             elif content not in text:
                 raise ValueError(f"the chat template drops the {message['role']} turn: remove it, "
@@ -470,14 +470,14 @@ def read_list(text: str):
     """Yields (value, its own text) of a JSON list, as strict as json.loads."""
     decode = json.JSONDecoder().raw_decode
     space = "[ \t\n\r]*"
-    behind = re.compile(rf"{space}(?:,{space}|(\]{space}\Z))").match  # a value; 1: it was the last
+    separator = re.compile(rf"{space}(?:,{space}|(\]{space}\Z))").match  # group 1: it was the last
     found = re.match(rf"{space}\[{space}(\]{space}\Z)?", text)
     if not found:
         raise ValueError(f"expected a list of rows, found {type(json.loads(text)).__name__}")
     while not found[1]:
         value, end = decode(text, found.end())
         yield value, text[found.end():end].encode("utf-8", "surrogatepass")
-        found = behind(text, end)
+        found = separator(text, end)
         if not found:
             raise json.JSONDecodeError("expected a comma, or ] and the end", text, end)
 

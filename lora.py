@@ -53,7 +53,7 @@ class LoRA(nn.Module):
 
     def __init__(self, linear, r, alpha, dropout, use_rslora, dtype=None):
         super().__init__()
-        # A packed 4-bit weight does not tell in which dtype its layer computes, compute_dtype does.
+        # A 4-bit weight is stored as bytes; compute_dtype is what its layer computes in.
         dtype = dtype or getattr(linear, "compute_dtype", linear.weight.dtype)
         like = {"dtype": dtype, "device": linear.weight.device}
         self.r, self.alpha, self.use_rslora = r, alpha, use_rslora
@@ -103,20 +103,20 @@ class AddProduct(torch.autograd.Function):
 
 
 def draw_zeros(x, p):
-    """Places in a flat x, each number of it among them with probability p.
+    """Indices into a flat x, each of its n numbers among them with probability p.
 
-    These are -n ln(1 - p) throws at its n numbers, each of which is missed by all of them with
-    probability (1 - 1 / n)^(-n ln(1 - p)) = 1 - p. For p = 5 % it takes 5 % of the random numbers
-    of a mask, and 0.4 bytes for each number of x. A LoRA step on a CPU gets a tenth faster by it.
+    -n ln(1 - p) are drawn, with replacement: all of them miss a number with probability
+    (1 - 1 / n)^(-n ln(1 - p)) = 1 - p. For p = 5 % it takes 5 % of the random numbers of a mask,
+    and 0.4 bytes for each number of x. A LoRA step on a CPU gets a tenth faster by it.
     """
-    throws = round(-math.log1p(-p) * x.numel())
-    return torch.randint(max(x.numel(), 1), (throws,), device=x.device)
+    draws = round(-math.log1p(-p) * x.numel())
+    return torch.randint(max(x.numel(), 1), (draws,), device=x.device)
 
 
-def put_zeros(x, places):
-    """(tokens, width): a copy of x (..., width) with zeros there; x itself if places is None."""
+def put_zeros(x, indices):
+    """(tokens, width): a copy of x (..., width) with zeros there; x itself if indices is None."""
     x = x.reshape(-1, x.shape[-1])
-    return x if places is None else x.flatten().index_fill(0, places, 0).view(x.shape)
+    return x if indices is None else x.flatten().index_fill(0, indices, 0).view(x.shape)
 
 
 def add_lora(linear, args, kwargs, y):

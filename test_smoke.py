@@ -527,7 +527,7 @@ def test_saved_template_takes_strings_and_parts_with_equal_ids(template, tmp_pat
 @pytest.mark.parametrize(
     "template, error",
     [
-        (LLAVA_HF, "puts no end token behind an answer.* --version v1"),
+        (LLAVA_HF, "puts no end token after an answer.* --version v1"),
         (NO_PREFIX, "generation prompt does not begin .* --version v1"),
         (None, "no chat template: .* --version v1"),
         ("{{ messages[0].content.nothing.at_all }}", "the chat template refuses"),
@@ -578,7 +578,7 @@ def test_chatml_on_a_tokenizer_without_its_tokens_and_a_tokenizer_without_image_
         ChatText(bare, "v1")
     with pytest.raises(ValueError, match="puts no end token"):
         ChatText(with_image(bare), "chatml_direct")
-    with pytest.raises(ValueError, match="--version v7: offered are plain, v1"):
+    with pytest.raises(ValueError, match="--version v7: known are plain, v1"):
         ChatText(bare, "v7")
 
 

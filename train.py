@@ -271,9 +271,9 @@ class ZeRO(Alone):
     def partition(self, config: dict, dtype):
         """Partitions the weights among the ranks, one weight at a time.
 
-        NOTE: `initialize` alone would move the whole model to the device and overwrite it with what
-        rank 0 has. Every rank would then have a copy of the file's pages, which all share now. So
-        each weight is copied just before it is partitioned.
+        NOTE: `initialize` alone would move the whole model to every device and broadcast that of
+        rank 0 over it. One weight at a time is copied here, just before it is partitioned, so all
+        ranks of a machine share the pages of the file.
         """
         for module in reversed(list(self.model.modules())):  # children first
             for p in module.parameters(recurse=False):
@@ -293,7 +293,7 @@ class ZeRO(Alone):
         return self.engine(*inputs)
 
     def backward(self, loss, last: bool):
-        """The end of a window is said by hand: the engine would divide, and count, by itself."""
+        """Sets the end of a window: DeepSpeed would divide the loss and count by itself."""
         self.engine.set_gradient_accumulation_boundary(last)
         self.engine.backward(loss, scale_wrt_gas=False)
         if not last:
