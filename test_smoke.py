@@ -5245,7 +5245,7 @@ def test_change_another_projector_takes_three_lines(world, tmp_path, monkeypatch
             '            self.add_module("norm", nn.LayerNorm(width_in))\n'
             '        self.add_module("linear_1"',
         ),
-        ('if kind != "linear" and not', 'if kind not in ("linear", "norm_linear") and not'),
+        ('r"linear|mlp', 'r"linear|norm_linear|mlp'),
     )
     monkeypatch.setattr(train, "llava", other)
     other.build(*parts(tmp_path), tmp_path / "llava", "norm_linear")
