@@ -243,7 +243,7 @@ def are_names(value):
     return isinstance(value, list) and all(isinstance(name, str) for name in value)
 
 
-KEYS = {  # of a config: PEFT's default, and what is right; the last two are ours
+KEYS = {  # of a config: what a missing one means, and what is right; the last two are ours
     "r": (8, lambda r: type(r) is int and r > 0),
     "lora_alpha": (8, lambda alpha: type(alpha) in (int, float) and math.isfinite(alpha)),
     "lora_dropout": (0.0, lambda p: type(p) in (int, float) and 0 <= p < 1),
@@ -453,6 +453,7 @@ def read_tensors(file):
 
 
 def write_tensors(tensors, file):
+    file.unlink(missing_ok=True)  # of a process that died while it saved
     file.touch()
     mode = file.stat().st_mode  # the umask's; safetensors makes files private
     save_file(tensors, file, metadata={"format": "pt"})
@@ -530,7 +531,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     try:
         from model import resolve, transformers_name as rename  # names on disk > those PEFT sees
-    except ModuleNotFoundError as error:
+    except ImportError as error:
         if error.name != "model":
             raise
         resolve, rename = Path, str  # this file alone, in another project

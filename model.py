@@ -257,7 +257,7 @@ class RMSNorm(torch.autograd.Function):
 
 
 class CPUAttention(torch.autograd.Function):
-    """torch's attention for CPUs with another backward pass, in bf16 1.5 times as fast.
+    """torch's attention for CPUs, with a backward pass that is 1.5 times as fast in bf16.
 
     q (B, H, T, C), k and v (B, K, T, C): H heads of C channels share K heads of keys and values.
     """
@@ -275,8 +275,8 @@ class CPUAttention(torch.autograd.Function):
     def backward(ctx, grad):
         """For 128 queries at a time, whose weights are computed again.
 
-        Scores can be in the hundreds, where bf16 rounds to whole numbers. Less the logarithm of
-        their sum they are near zero where they count, and softmax is the same.
+        Scores can be in the hundreds, where bf16 rounds to whole numbers. Less the logarithm of the
+        sum of their exponentials they are near zero where they count, and softmax is the same.
         """
         (q, k, v, log_sum), wide = ctx.saved_tensors, torch.promote_types(grad.dtype, torch.float32)
         (rows, heads, length, _), groups = q.shape, (k.shape[1], -1)
@@ -300,7 +300,7 @@ class CPUAttention(torch.autograd.Function):
         return dq.mul_(ctx.scale), dk.mul_(ctx.scale).to(k.dtype), dv.to(v.dtype), None, None
 
 
-def attend(module, q, k, v, attention_mask, dropout=0.0, scaling=None, is_causal=None, **options):
+def attend(module, q, k, v, attention_mask, scaling, dropout=0.0, is_causal=None, **options):
     """What transformers calls for attention: torch's own, but for training in bf16 on a CPU."""
     whole = attention_mask is None and q.shape[2] == k.shape[2] > 1 and not dropout
     trains = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
@@ -316,8 +316,8 @@ AttentionMaskInterface.register("llava", sdpa_mask)
 
 
 def use_faster_attention(model):
-    """Has `attend` called where transformers chose torch's attention, in families that hand it
-    nothing else. (Others choose by its name, or add soft caps and sinks.)
+    """Has `attend` called where transformers chose torch's attention, in families whose attention
+    is q, k, v, a mask and a scale. (Others look at its name, or add soft caps and sinks.)
     """
     known = model.config.model_type in (*TOWERS, "llama", "mistral", "qwen2", "qwen3")
     if known and model.config._attn_implementation == "sdpa":
@@ -495,7 +495,7 @@ def load_weights(model: Llava, tensors: dict, where: str, dtype=None, device="cp
     model.disk_dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
     for layer in quantize(model, tensors=tensors) if quantize else []:
         tensors.pop(f"{layer}.weight"), tensors.pop(f"{layer}.bias", None)
-    # In 4 bits, copies: a tensor still mapped would keep the pages of all that are packed now.
+    # Copies in 4 bits: one tensor still mapped would keep the whole file mapped.
     own = quantize is not None
     model.aside = {name: tensor.to(tensor.dtype, copy=own) for name, tensor in model.aside.items()}
     for name, tensor in tensors.items():

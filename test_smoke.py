@@ -2301,11 +2301,13 @@ def test_what_keeps_less_computes_what_transformers_does_and_leaves_other_layers
     assert "forward" not in vars(relu[0])
 
 
-@pytest.mark.parametrize("length, causal", [(2, True), (127, False), (128, True), (300, True)])
-def test_the_backward_pass_of_attention_is_torchs(length, causal):
-    """Two rows, six heads that share two of keys and values, in blocks of 128 queries."""
+@pytest.mark.parametrize("length, causal", [(2, True), (128, True), (300, True), (300, False)])
+@pytest.mark.parametrize("kv_heads", [2, 6])
+def test_the_backward_pass_of_attention_is_torchs(length, causal, kv_heads):
+    """Two rows and six heads, in blocks of 128 queries."""
     q, k, v = (
-        torch.randn(2, heads, length, 8, dtype=torch.float64, requires_grad=True) for heads in (6, 2, 2)
+        torch.randn(2, heads, length, 8, dtype=torch.float64, requires_grad=True)
+        for heads in (6, kv_heads, kv_heads)
     )
     ours = llava.CPUAttention.apply(q, k, v, 0.3, causal)
     torchs = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=0.3, enable_gqa=True)
@@ -2318,6 +2320,7 @@ def test_the_backward_pass_of_attention_is_torchs(length, causal):
 @pytest.mark.parametrize("offset", [0, 30])
 def test_the_backward_pass_of_attention_is_exact_in_bf16(offset):
     """Scores reach the hundreds where keys have large biases, as Qwen2's do: bf16 rounds these to 1."""
+    torch.manual_seed(0)
     q, k, v = (torch.randn(2, heads, 300, 8) for heads in (4, 2, 2))
     q, k = q * (3 if offset else 1), k + offset * torch.randn(1, 2, 1, 8)
     tensors = [x.bfloat16().requires_grad_() for x in (q, k, v)]
@@ -2336,21 +2339,27 @@ def test_the_backward_pass_of_attention_is_exact_in_bf16(offset):
 
 
 def test_only_training_in_bf16_without_a_mask_has_a_backward_pass_of_its_own(tmp_path, monkeypatch):
-    shapes, apply = [], llava.CPUAttention.apply
-    monkeypatch.setattr(llava.CPUAttention, "apply", lambda q, *rest: shapes.append(q.shape) or apply(q, *rest))
+    calls, apply = [], llava.CPUAttention.apply
+    monkeypatch.setattr(llava.CPUAttention, "apply", lambda *args: calls.append(args[3:]) or apply(*args))
     for dtype in (torch.bfloat16, torch.float32):
         model = llava.from_pretrained(built(tmp_path / str(dtype)), dtype)
         ids, pixels, labels, mask = mixed_batch(model.config.image_token_id, "left")
-        pixels, layers = pixels.to(dtype), model.config.text_config.num_hidden_layers
+        pixels = pixels.to(dtype)
         with torch.no_grad():
             model(ids, pixels, labels)
-        assert not shapes
-        model.vision_tower.requires_grad_(False)
+        assert not calls
+        parts = model.vision_tower.vision_model.config, model.config.text_config
+        expected = [
+            ((part.hidden_size // part.num_attention_heads) ** -0.5, causal)
+            for part, causal in zip(parts, (False, True))
+            for _ in range(part.num_hidden_layers)
+        ]
         model(ids, pixels, labels)[0].backward()
-        assert len(shapes) == layers * (dtype == torch.bfloat16)
-        shapes.clear()
+        assert calls == expected * (dtype == torch.bfloat16)
+        calls.clear()
+        model.vision_tower.requires_grad_(False)
         model.language_model(inputs_embeds=model.embed(ids, pixels), attention_mask=mask)
-        assert not shapes
+        assert not calls
 
 
 def test_attention_is_ours_where_transformers_chose_torchs_and_the_family_is_known(tmp_path):
@@ -2929,6 +2938,19 @@ print((peak - start) >> 20)
 """
 
 
+def test_a_model_in_4_bits_leaves_no_file_mapped(tmp_path):
+    def mapped():
+        gc.collect()
+        return str(folder) in Path("/proc/self/maps").read_text()
+
+    folder = built(tmp_path, dtype=torch.bfloat16)  # Qwen2's, with biases
+    model = llava.open_model(folder, None, 16, torch.bfloat16, "cpu")
+    assert mapped()
+    del model
+    model = llava.open_model(folder, None, 4, torch.bfloat16, "cpu")
+    assert not mapped() and model.aside
+
+
 def test_loading_in_4_bits_never_holds_the_16_bit_model(tmp_path):
     file = tmp_path / "model.safetensors"
     save_file({f"{i}.weight": torch.randn(1024, 1024).bfloat16() for i in range(64)}, file)
@@ -3205,6 +3227,17 @@ def test_an_adapter_of_a_larger_model_names_the_first_key_and_both_shapes(tmp_pa
     saved(large, tmp_path)
     with pytest.raises(ValueError, match=r"layers.0.*is \(.*128.*but \(.*64"):
         lora.load(tiny_llava(), tmp_path)
+
+
+@pytest.mark.parametrize("others, alone", [("x = 1", True), ("import no_such_package", False)])
+def test_merging_beside_a_model_py_of_another_project_needs_none_of_ours(tmp_path, others, alone):
+    """What ours cannot import is an error, however."""
+    shutil.copy(HERE / "lora.py", tmp_path)
+    (tmp_path / "model.py").write_text(others)
+    argv = [sys.executable, "lora.py", "merge", "--model_name_or_path", "a", "--adapter", "b", "--out", "c"]
+    done = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == (2 if alone else 1)
+    assert ("error: a has no model.safetensors" if alone else "no_such_package") in done.stderr
 
 
 def test_the_merge_command(tmp_path, capsys):
