@@ -57,6 +57,7 @@ from transformers.utils import logging as transformers_logging
 import data
 import lora
 import model as llava
+from cli import BOOLEAN, Parser, number
 
 # How the names of what trains whole begin, and the recipe of LLaVA-1.5: learning rate, rows of a
 # micro-batch, template. Its global batch is 256 rows in stage 1 and 128 in stage 2, on eight GPUs.
@@ -1364,21 +1365,6 @@ def train(args, config: dict | None, signals: list) -> int:
 # --- commands ---
 
 
-def number(kind, low, high=math.inf):
-    """An argument type: a number from `low` to `high`."""
-    def parse(text):
-        if not low <= kind(text) <= high:  # nan is not
-            raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
-        return kind(text)
-    return parse
-
-
-def boolean(text: str) -> bool:
-    if text.lower() not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
-    return text.lower() == "true"
-
-
 # Flags of LLaVA's own scripts: the value that holds here anyway, and what to use for another.
 LLAVA_FLAGS = {
     "--lora_enable": ("False", "--train_type use_lora"),
@@ -1396,8 +1382,8 @@ LLAVA_FLAGS = {
 
 
 def parse(argv) -> argparse.Namespace:
-    parser = data.Parser(description=__doc__.splitlines()[0])
-    add, flag = parser.add_argument, {"type": boolean, "nargs": "?", "const": True}
+    parser = Parser(description=__doc__.splitlines()[0])
+    add, flag = parser.add_argument, BOOLEAN
     count, rate, share = number(int, 1), number(float, 0, 1e3), number(float, 0, 1)
     # model and data
     add("--model_name_or_path", required=True, help="a LLaVA folder, or a hub id")
