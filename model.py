@@ -41,9 +41,18 @@ from huggingface_hub import snapshot_download, split_torch_state_dict_into_shard
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.overrides import TorchFunctionMode
-from transformers import (AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModel,
-                          AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlavaConfig,
-                          PreTrainedConfig, TextStreamer)
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    LlavaConfig,
+    PreTrainedConfig,
+    TextStreamer,
+)
 from transformers.activations import ACT2FN
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -78,7 +87,7 @@ class VisionTower(nn.Module):
         self.first = 1 if config.vision_feature_select_strategy == "default" else 0
 
     def forward(self, pixel_values):
-        return self.vision_model(pixel_values).last_hidden_state[:, self.first:]
+        return self.vision_model(pixel_values).last_hidden_state[:, self.first :]
 
 
 class Projector(nn.Sequential):
@@ -88,8 +97,9 @@ class Projector(nn.Sequential):
         super().__init__()
         match = re.fullmatch(r"linear|mlp([1-9])x_gelu", kind)
         if not match:
-            raise ValueError(f"mm_projector_type {kind}: known are linear and mlpNx_gelu, as in "
-                             "mlp2x_gelu")
+            raise ValueError(
+                f"mm_projector_type {kind}: known are linear and mlpNx_gelu, as in mlp2x_gelu"
+            )
         self.add_module("linear_1", nn.Linear(width_in, width_out))
         for i in range(2, int(match[1] or 1) + 1):
             self.add_module(f"act_{i - 1}", nn.GELU())
@@ -118,8 +128,10 @@ class Llava(nn.Module):
         self.config = config
         self.vision_tower = VisionTower(config)
         self.multi_modal_projector = Projector(
-            getattr(config, "mm_projector_type", "mlp2x_gelu"), config.vision_config.hidden_size,
-            config.text_config.hidden_size)
+            getattr(config, "mm_projector_type", "mlp2x_gelu"),
+            config.vision_config.hidden_size,
+            config.text_config.hidden_size,
+        )
         self.language_model = AutoModelForCausalLM.from_config(config.text_config)
         use_faster_attention(self.language_model)
         keep_less(self.language_model)
@@ -142,7 +154,8 @@ class Llava(nn.Module):
         is_image = input_ids == self.config.image_token_id
         assert is_image.sum() == len(pixel_values) * self.tokens_per_picture, (
             f"{is_image.sum()} {IMAGE} ids for {len(pixel_values)} pictures of "
-            f"{self.tokens_per_picture}")
+            f"{self.tokens_per_picture}"
+        )
         if not len(pixel_values):
             vision = self.config.vision_config
             pixel_values = pixel_values.new_zeros(1, 3, vision.image_size, vision.image_size)
@@ -158,7 +171,8 @@ class Llava(nn.Module):
         whatever S is: under ZeRO-3 a call is something that all ranks do together.
         """
         hidden = self.language_model.base_model(
-            inputs_embeds=self.embed(input_ids, pixel_values), use_cache=False).last_hidden_state
+            inputs_embeds=self.embed(input_ids, pixel_values), use_cache=False
+        ).last_hidden_state
         supervised = labels[:, 1:] >= 0  # position t predicts label t + 1
         hidden, targets = hidden[:, :-1][supervised], labels[:, 1:][supervised]  # (S, D), (S,)
         logits = self.language_model.get_output_embeddings()(hidden).float()  # (S, V)
@@ -173,9 +187,13 @@ class Llava(nn.Module):
         with the first of `eos_token_id`, which decoding skips; any other id may be a word.
         """
         return self.language_model.generate(
-            inputs_embeds=self.embed(input_ids, pixel_values), attention_mask=attention_mask,
-            eos_token_id=eos_token_id, pad_token_id=eos_token_id[0],
-            suppress_tokens=[self.config.image_token_id], **options)
+            inputs_embeds=self.embed(input_ids, pixel_values),
+            attention_mask=attention_mask,
+            eos_token_id=eos_token_id,
+            pad_token_id=eos_token_id[0],
+            suppress_tokens=[self.config.image_token_id],
+            **options,
+        )
 
 
 def check_config(config: LlavaConfig):
@@ -185,8 +203,12 @@ def check_config(config: LlavaConfig):
     layers = tower.num_hidden_layers + 1  # with the embeddings
     for name, value, known, only in (
         ("vision_config", tower.model_type, tower.model_type in TOWERS, " or ".join(TOWERS)),
-        ("vision_feature_layer", layer, isinstance(layer, int) and -layers <= layer < 0,
-         f"one number from -{layers} to -1"),
+        (
+            "vision_feature_layer",
+            layer,
+            isinstance(layer, int) and -layers <= layer < 0,
+            f"one number from -{layers} to -1",
+        ),
         ("projector_hidden_act", act, act == "gelu", "gelu"),
         ("multimodal_projector_bias", bias, bias, "True"),
     ):
@@ -206,7 +228,8 @@ def check_head(language_model):
         raise ValueError(
             f"{language_model.config.model_type}: its logits are no plain linear of its last "
             "hidden state (a soft cap, a scale or a bias), so a LLaVA of it would differ from what "
-            "it was trained as: take a model of Llama's kind")
+            "it was trained as: take a model of Llama's kind"
+        )
 
 
 # --- the same layers, faster or with less kept for the backward pass ---
@@ -265,7 +288,8 @@ class CPUAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, scale, causal):
         out, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q, k, v, 0.0, causal, scale=scale)  # log_sum (B, H, T): of the scores' exponentials
+            q, k, v, 0.0, causal, scale=scale
+        )  # log_sum (B, H, T): of the scores' exponentials
         ctx.save_for_backward(q, k, v, log_sum.to(q.dtype))
         ctx.scale, ctx.causal = scale, causal
         return out
@@ -284,8 +308,10 @@ class CPUAttention(torch.autograd.Function):
         for row, start in itertools.product(range(rows), range(0, length, 128)):
             here = slice(start, min(start + 128, length))
             seen = slice(here.stop if ctx.causal else length)
-            qi, gi, less = (x[row, :, here].unflatten(0, groups).flatten(1, 2)
-                            for x in (q, grad, log_sum[..., None]))  # (K, G * queries, C or 1)
+            qi, gi, less = (
+                x[row, :, here].unflatten(0, groups).flatten(1, 2)
+                for x in (q, grad, log_sum[..., None])
+            )  # (K, G * queries, C or 1)
             ki, vi = k[row, :, seen], v[row, :, seen]  # (K, keys, C)
             scores = torch.baddbmm(less, qi, ki.mT, beta=-1, alpha=ctx.scale)
             if ctx.causal:
@@ -305,8 +331,17 @@ def attend(module, q, k, v, attention_mask, scaling, dropout=0.0, is_causal=None
     whole = attention_mask is None and q.shape[2] == k.shape[2] > 1 and not dropout
     trains = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     if not (trains and whole and q.device.type == "cpu" and q.dtype == torch.bfloat16):
-        return sdpa_attention_forward(module, q, k, v, attention_mask, dropout=dropout,
-                                      scaling=scaling, is_causal=is_causal, **options)
+        return sdpa_attention_forward(
+            module,
+            q,
+            k,
+            v,
+            attention_mask,
+            dropout=dropout,
+            scaling=scaling,
+            is_causal=is_causal,
+            **options,
+        )
     out = CPUAttention.apply(q, k, v, scaling, module.is_causal if is_causal is None else is_causal)
     return out.transpose(1, 2).contiguous(), None  # (B, T, heads, C)
 
@@ -351,7 +386,8 @@ def keep_less(language_model):
         if body(type(module)) == body(LlamaRMSNorm):
             module.forward = types.MethodType(rms_norm, module)
         elif body(type(module)) == body(LlamaMLP) and isinstance(
-                module.act_fn, (nn.SiLU, type(ACT2FN["silu"]))):
+            module.act_fn, (nn.SiLU, type(ACT2FN["silu"]))
+        ):
             module.forward = types.MethodType(gated_mlp, module)
 
 
@@ -365,12 +401,25 @@ def resolve(name: str | Path, hint: str = "--model_name_or_path") -> Path:
     if not re.fullmatch(r"[\w-]+/[\w.-]+", str(name)) or Path(name).parent.is_dir():
         raise FileNotFoundError(f"{hint} {name}: no such folder here, nor a hub id like owner/name")
     try:
-        return Path(snapshot_download(
-            str(name), ignore_patterns=["*.msgpack", "*.h5", "*.ot", "*.md", "*.pth", "*.gguf",
-                                        "original/*", "onnx/*"]))
+        return Path(
+            snapshot_download(
+                str(name),
+                ignore_patterns=[
+                    "*.msgpack",
+                    "*.h5",
+                    "*.ot",
+                    "*.md",
+                    "*.pth",
+                    "*.gguf",
+                    "original/*",
+                    "onnx/*",
+                ],
+            )
+        )
     except OSError as error:
-        raise FileNotFoundError(f"{hint} {name}: no such folder, and the hub does not give it: "
-                                f"{one_line(error)}") from None
+        raise FileNotFoundError(
+            f"{hint} {name}: no such folder, and the hub does not give it: {one_line(error)}"
+        ) from None
 
 
 def one_line(error: Exception) -> str:
@@ -421,8 +470,11 @@ def open_weights(folder: Path) -> dict:
     tensors = {}
     for path in weight_files(folder):
         try:
-            found = load_file(path) if path.suffix == ".safetensors" else torch.load(
-                path, map_location="cpu", weights_only=True, mmap=True)
+            found = (
+                load_file(path)
+                if path.suffix == ".safetensors"
+                else torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            )
             if not isinstance(found, dict) or not all(map(torch.is_tensor, found.values())):
                 raise EOFError("not {name: tensor}")
             tensors |= found
@@ -439,10 +491,12 @@ def canonical(name: str) -> str:
 def transformers_name(name: str) -> str:
     """A tensor's or module's name in LlavaForConditionalGeneration in memory: PEFT's spelling."""
     name = canonical(name)
-    for ours, theirs in (("language_model.lm_head", "lm_head"),
-                         ("language_model.model", "model.language_model"),
-                         ("vision_tower.vision_model", "model.vision_tower"),
-                         ("multi_modal_projector", "model.multi_modal_projector")):
+    for ours, theirs in (
+        ("language_model.lm_head", "lm_head"),
+        ("language_model.model", "model.language_model"),
+        ("vision_tower.vision_model", "model.vision_tower"),
+        ("multi_modal_projector", "model.multi_modal_projector"),
+    ):
         if name.startswith(ours):
             return theirs + name.removeprefix(ours)
     return name
@@ -465,8 +519,11 @@ def match_weights(model: Llava, tensors: dict, where: str) -> dict:
     What is never run goes to `model.aside`; old buffers and a second copy of a tied head go away.
     """
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    tensors = {canonical(name): tensor for name, tensor in tensors.items()
-               if not re.search(r"(position_ids|inv_freq|masked_bias)$", name)}
+    tensors = {
+        canonical(name): tensor
+        for name, tensor in tensors.items()
+        if not re.search(r"(position_ids|inv_freq|masked_bias)$", name)
+    }
     built = model.vision_tower.vision_model.config.num_hidden_layers
     unused = r"vision_tower\.vision_model\.(?:encoder\.layers\.(\d+)|post_layernorm|head)\."
     for name in list(tensors):
@@ -482,7 +539,8 @@ def match_weights(model: Llava, tensors: dict, where: str) -> dict:
     if wrong:
         raise ValueError(
             f"{where}: {len(wrong)} tensors differ from what config.json means; {wrong[0]} is "
-            f"{found.get(wrong[0], 'missing')} instead of {expected.get(wrong[0], 'absent')}")
+            f"{found.get(wrong[0], 'missing')} instead of {expected.get(wrong[0], 'absent')}"
+        )
     return tensors
 
 
@@ -517,11 +575,15 @@ def from_pretrained(folder: str | Path, dtype=None, device="cpu", quantize=None)
     folder = resolve(folder)
     config = read_config(folder)
     if config.model_type != "llava":
-        raise ValueError(f"{folder}: a {config.model_type} folder, not a LLaVA: make one with "
-                         "`python model.py build`")
+        raise ValueError(
+            f"{folder}: a {config.model_type} folder, not a LLaVA: make one with "
+            "`python model.py build`"
+        )
     if config.image_token_id >= config.text_config.vocab_size:
-        raise ValueError(f"{folder}: the id of {IMAGE} is {config.image_token_id}, but there are "
-                         f"{config.text_config.vocab_size} embeddings")
+        raise ValueError(
+            f"{folder}: the id of {IMAGE} is {config.image_token_id}, but there are "
+            f"{config.text_config.vocab_size} embeddings"
+        )
     try:
         with EmptyOnMeta():
             model = Llava(config)
@@ -533,8 +595,14 @@ def from_pretrained(folder: str | Path, dtype=None, device="cpu", quantize=None)
     return model
 
 
-def save_pretrained(model: Llava, out: Path, source: Path, chat_template: str | None = None,
-                    state: dict | None = None, aspect_ratio: str | None = None):
+def save_pretrained(
+    model: Llava,
+    out: Path,
+    source: Path,
+    chat_template: str | None = None,
+    state: dict | None = None,
+    aspect_ratio: str | None = None,
+):
     """Writes a new model folder: weights in the dtypes of the source, its tokenizer and processor.
 
     `state` {name: tensor} takes precedence over the model's own (an optimizer's fp32 masters, say),
@@ -548,12 +616,16 @@ def save_pretrained(model: Llava, out: Path, source: Path, chat_template: str | 
     tensors = {**model.state_dict(), **(state or {})}
     if model.config.tie_word_embeddings:
         del tensors[HEAD]
-    tensors = {name: tensor.detach().to("cpu", model.disk_dtypes.get(name, tensor.dtype))
-               for name, tensor in tensors.items()}
+    tensors = {
+        name: tensor.detach().to("cpu", model.disk_dtypes.get(name, tensor.dtype))
+        for name, tensor in tensors.items()
+    }
     try:
         write_weights({**tensors, **model.aside}, part)
-        write_json(json.loads(model.config.to_json_string(), object_hook=without_path),
-                   part / "config.json")
+        write_json(
+            json.loads(model.config.to_json_string(), object_hook=without_path),
+            part / "config.json",
+        )
         copy_side_files(Path(source), part)
         if chat_template:
             write_template(chat_template, part)
@@ -578,7 +650,8 @@ def check_new(out: str | Path) -> Path:
 def write_weights(tensors: dict, folder: Path, shard_size: str = "5GB"):
     """model.safetensors, or shards of it with an index above 5 GB."""
     split = split_torch_state_dict_into_shards(
-        tensors, max_shard_size=shard_size, filename_pattern="model{suffix}.safetensors")
+        tensors, max_shard_size=shard_size, filename_pattern="model{suffix}.safetensors"
+    )
     for name, keys in split.filename_to_tensors.items():
         path = folder / name
         path.touch()
@@ -604,8 +677,10 @@ def write_template(chat_template: str, folder: Path):
             write_json(content, path)
 
 
-PROCESSORS = {"pad": {"image_processor_type": "LlavaImageProcessor", "do_pad": True},
-              "square": {"image_processor_type": "CLIPImageProcessor"}}
+PROCESSORS = {
+    "pad": {"image_processor_type": "LlavaImageProcessor", "do_pad": True},
+    "square": {"image_processor_type": "CLIPImageProcessor"},
+}
 
 
 def write_aspect_ratio(aspect_ratio: str, folder: Path):
@@ -632,8 +707,12 @@ def open_model(folder: Path, adapter, bits: int, dtype, device, quant_storage=to
     import lora
 
     quantize = functools.partial(
-        lora.quantize, target_modules=DECODER, compute_dtype=dtype or torch.float32, device=device,
-        quant_storage=quant_storage)
+        lora.quantize,
+        target_modules=DECODER,
+        compute_dtype=dtype or torch.float32,
+        device=device,
+        quant_storage=quant_storage,
+    )
     model = from_pretrained(folder, dtype, device, quantize if bits == 4 else None)
     if adapter:
         lora.load(model, adapter, folder, transformers_name)
@@ -669,8 +748,10 @@ def build(vision_tower, language_model, out, kind="mlp2x_gelu", version="own", a
         tokenizer, image_token_id = add_image_token(text_folder, Path(work))
         text = ChatText(tokenizer, version)
         write_template(text.chat_template, Path(work))
-        write_json({"eos_token_id": text.stop_ids, "pad_token_id": tokenizer.pad_token_id},
-                   Path(work) / "generation_config.json")
+        write_json(
+            {"eos_token_id": text.stop_ids, "pad_token_id": tokenizer.pad_token_id},
+            Path(work) / "generation_config.json",
+        )
         model = join(vision_folder, text_folder, kind, image_token_id, tokenizer.pad_token_id)
         write_processor(vision_folder, model.config, aspect_ratio, Path(work))
         save_pretrained(model, out, Path(work))
@@ -682,22 +763,32 @@ def join(vision_folder: Path, text_folder: Path, kind: str, image_token_id: int,
     vision_config, text_config = read_config(vision_folder), read_config(text_folder)
     vision_config = getattr(vision_config, "vision_config", vision_config)  # CLIP has a text tower
     if vision_config.model_type not in TOWERS:
-        raise ValueError(f"--vision_tower {vision_folder}: a {vision_config.model_type}; known are "
-                         f"{' and '.join(TOWERS)}")
+        raise ValueError(
+            f"--vision_tower {vision_folder}: a {vision_config.model_type}; known are "
+            f"{' and '.join(TOWERS)}"
+        )
     has_cls = TOWERS[vision_config.model_type]
     tensors = {f"language_model.{name}": t for name, t in open_weights(text_folder).items()}
-    tensors |= {f"vision_tower.{name}": t for name, t in open_weights(vision_folder).items()
-                if not re.match(r"text_model|text_projection|visual_projection|logit_", name)}
+    tensors |= {
+        f"vision_tower.{name}": t
+        for name, t in open_weights(vision_folder).items()
+        if not re.match(r"text_model|text_projection|visual_projection|logit_", name)
+    }
     text_config.vocab_size = grow_embeddings(tensors, image_token_id)
     dtype = tensors[EMBEDDINGS].dtype
     projector = Projector(kind, vision_config.hidden_size, text_config.hidden_size).to(dtype)
     tensors |= {f"multi_modal_projector.{name}": t for name, t in projector.state_dict().items()}
     config = LlavaConfig(
-        vision_config=vision_config, text_config=text_config, image_token_index=image_token_id,
-        image_seq_length=(vision_config.image_size // vision_config.patch_size) ** 2, dtype=dtype,
+        vision_config=vision_config,
+        text_config=text_config,
+        image_token_index=image_token_id,
+        image_seq_length=(vision_config.image_size // vision_config.patch_size) ** 2,
+        dtype=dtype,
         vision_feature_select_strategy="default" if has_cls else "full",  # default: without CLS
-        tie_word_embeddings=text_config.tie_word_embeddings, pad_token_id=pad_token_id,
-        architectures=["LlavaForConditionalGeneration"])
+        tie_word_embeddings=text_config.tie_word_embeddings,
+        pad_token_id=pad_token_id,
+        architectures=["LlavaForConditionalGeneration"],
+    )
     if kind != "mlp2x_gelu":  # transformers would fill any other with random weights, in silence
         config.mm_projector_type, config.architectures = kind, [f"LlavaWith_{kind}"]
     with EmptyOnMeta():
@@ -724,11 +815,17 @@ def add_image_token(source: Path, target: Path):
     lost = {key: old[key] for key in ("legacy", "add_prefix_space", "add_bos_token") if key in old}
     write_json(lost | read_json(path), path)
     after = AutoTokenizer.from_pretrained(target)
-    for probe in ("Hello, world!", " a  b\n\nc\t", "USER: x </s>y", "naïve 数字 1234 🙂",
-                  "".join(before.all_special_tokens) + " z"):
+    for probe in (
+        "Hello, world!",
+        " a  b\n\nc\t",
+        "USER: x </s>y",
+        "naïve 数字 1234 🙂",
+        "".join(before.all_special_tokens) + " z",
+    ):
         if before(probe).input_ids != after(probe).input_ids:
-            raise ValueError(f"{source}: its tokenizer encodes {probe!r} differently once saved: "
-                             "not supported")
+            raise ValueError(
+                f"{source}: its tokenizer encodes {probe!r} differently once saved: not supported"
+            )
     ids = after(IMAGE, add_special_tokens=False).input_ids
     if len(ids) != 1:
         raise ValueError(f"{source}: {IMAGE} does not become a single token ({ids})")
@@ -738,8 +835,9 @@ def add_image_token(source: Path, target: Path):
 def grow_embeddings(tensors: dict, image_token_id: int) -> int:
     """The rows of embeddings and head; adds some (their mean) if the id of <image> needs it."""
     if EMBEDDINGS not in tensors:
-        raise ValueError("--language_model: it has no model.embed_tokens.weight: take a decoder of "
-                         "Llama's kind")
+        raise ValueError(
+            "--language_model: it has no model.embed_tokens.weight: take a decoder of Llama's kind"
+        )
     rows = len(tensors[EMBEDDINGS])
     if image_token_id < rows:
         return rows
@@ -758,24 +856,39 @@ def write_processor(vision_folder: Path, config: LlavaConfig, aspect_ratio: str,
     if "image_mean" not in given and tower.model_type != "clip_vision_model":
         raise ValueError(f"{found}: names no image_mean, and only CLIP's is known")
     pictures = {
-        **PROCESSORS[aspect_ratio], "do_convert_rgb": True, "do_resize": True,
+        **PROCESSORS[aspect_ratio],
+        "do_convert_rgb": True,
+        "do_resize": True,
         "size": {"shortest_edge": size},
-        "resample": 3, "do_center_crop": True, "crop_size": {"height": size, "width": size},
-        "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
+        "resample": 3,
+        "do_center_crop": True,
+        "crop_size": {"height": size, "width": size},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
         "image_mean": given.get("image_mean", [0.48145466, 0.4578275, 0.40821073]),  # CLIP's
-        "image_std": given.get("image_std", [0.26862954, 0.26130258, 0.27577711])}
+        "image_std": given.get("image_std", [0.26862954, 0.26130258, 0.27577711]),
+    }
     processor = {"processor_class": "LlavaProcessor"}
     write_json(pictures | processor, out / "preprocessor_config.json")
-    write_json(processor | {
-        "image_token": IMAGE, "patch_size": tower.patch_size,
-        "num_additional_image_tokens": TOWERS[tower.model_type],
-        "vision_feature_select_strategy": config.vision_feature_select_strategy,
-        "image_processor": pictures}, out / "processor_config.json")
+    write_json(
+        processor
+        | {
+            "image_token": IMAGE,
+            "patch_size": tower.patch_size,
+            "num_additional_image_tokens": TOWERS[tower.model_type],
+            "vision_feature_select_strategy": config.vision_feature_select_strategy,
+            "image_processor": pictures,
+        },
+        out / "processor_config.json",
+    )
 
 
-CHATML = ("{%- for message in messages -%}"
-          "{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}"
-          "{%- endfor -%}{{ '<|im_start|>assistant\n' if add_generation_prompt else '' }}")
+CHATML = (
+    "{%- for message in messages -%}"
+    "{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}"
+    "{%- endfor -%}{{ '<|im_start|>assistant\n' if add_generation_prompt else '' }}"
+)
 
 
 def build_tiny(out: str | Path, words: list[str], *options, seed: int = 0):
@@ -784,8 +897,13 @@ def build_tiny(out: str | Path, words: list[str], *options, seed: int = 0):
     which its tokenizer learns a vocabulary.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import (CLIPVisionConfig, CLIPVisionModel, PreTrainedTokenizerFast,
-                              Qwen2Config, Qwen2ForCausalLM)
+    from transformers import (
+        CLIPVisionConfig,
+        CLIPVisionModel,
+        PreTrainedTokenizerFast,
+        Qwen2Config,
+        Qwen2ForCausalLM,
+    )
 
     check_new(out)
     torch.manual_seed(seed)
@@ -793,21 +911,36 @@ def build_tiny(out: str | Path, words: list[str], *options, seed: int = 0):
         bpe = Tokenizer(models.BPE())
         bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         bpe.decoder = decoders.ByteLevel()
-        bpe.train_from_iterator(words, trainers.BpeTrainer(
-            vocab_size=512, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"], show_progress=False))
+        bpe.train_from_iterator(
+            words,
+            trainers.BpeTrainer(
+                vocab_size=512,
+                initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+                special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+                show_progress=False,
+            ),
+        )
         tokenizer = PreTrainedTokenizerFast(
-            tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+            tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>"
+        )
         tokenizer.chat_template = CHATML
         tokenizer.save_pretrained(f"{work}/text")
         shape = {"hidden_size": 64, "intermediate_size": 192, "num_attention_heads": 2}
-        Qwen2ForCausalLM(Qwen2Config(
-            **shape, num_hidden_layers=2, num_key_value_heads=2, vocab_size=bpe.get_vocab_size(),
-            max_position_embeddings=4096, tie_word_embeddings=True, initializer_range=0.1,
-            rope_parameters={"rope_type": "default", "rope_theta": 1e6},
-        )).save_pretrained(f"{work}/text")
-        tower = CLIPVisionModel(CLIPVisionConfig(
-            **shape, num_hidden_layers=3, image_size=336, patch_size=14))
+        Qwen2ForCausalLM(
+            Qwen2Config(
+                **shape,
+                num_hidden_layers=2,
+                num_key_value_heads=2,
+                vocab_size=bpe.get_vocab_size(),
+                max_position_embeddings=4096,
+                tie_word_embeddings=True,
+                initializer_range=0.1,
+                rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+            )
+        ).save_pretrained(f"{work}/text")
+        tower = CLIPVisionModel(
+            CLIPVisionConfig(**shape, num_hidden_layers=3, image_size=336, patch_size=14)
+        )
         give_sight(getattr(tower, "vision_model", tower))
         tower.save_pretrained(f"{work}/vision")
         build(f"{work}/vision", f"{work}/text", out, *options)
@@ -838,11 +971,11 @@ def give_sight(tower):
     waves = 50 * torch.cat([angles.sin(), angles.cos()], dim=1)  # (24, width / 8)
     place = [waves[:, None].expand(-1, places, -1), waves[None].expand(places, -1, -1)]
     table[1:] = 0
-    table[1:, -width // 4:] = torch.cat(place, dim=-1).flatten(0, 1)  # (576, width / 4)
+    table[1:, -width // 4 :] = torch.cat(place, dim=-1).flatten(0, 1)  # (576, width / 4)
 
     eye, waves, strengths = torch.eye(width), slice(3, 2 + count), slice(20, 19 + count)
-    first.mlp.fc1.weight[:2 * count - 2] = 4 * torch.cat([eye[waves], -eye[waves]])
-    first.mlp.fc2.weight[:, :2 * count - 2] = eye[:, strengths].repeat(1, 2)
+    first.mlp.fc1.weight[: 2 * count - 2] = 4 * torch.cat([eye[waves], -eye[waves]])
+    first.mlp.fc2.weight[:, : 2 * count - 2] = eye[:, strengths].repeat(1, 2)
     look = second.self_attn
     for head, whiteness in enumerate([-0.4, -0.8]):  # the weaker one leaves room for amounts
         one = head * look.head_dim  # its query is a constant, its key says how white a patch is
@@ -879,8 +1012,10 @@ def chat(args):
     from data import ChatText, PictureTransform
 
     if not (args.temperature == 0 or 0.01 <= args.temperature <= 100) or not 0 < args.top_p <= 1:
-        raise ValueError(f"--temperature {args.temperature} --top_p {args.top_p}: a temperature is "
-                         "0, or from 0.01 to 100; top_p above 0, to 1")
+        raise ValueError(
+            f"--temperature {args.temperature} --top_p {args.top_p}: a temperature is "
+            "0, or from 0.01 to 100; top_p above 0, to 1"
+        )
     folder, cuda = resolve(args.model_name_or_path), torch.cuda.is_available()
     dtype, device = (torch.bfloat16, "cuda") if cuda else (None, "cpu")
     model = open_model(folder, args.adapter, args.bits, dtype, device).eval()
@@ -935,10 +1070,18 @@ def parse(argv):
     add("--out", required=True, help="folder to write to")
     add("--mm_projector_type", default="mlp2x_gelu", help="linear, or mlpNx_gelu")
     templates = [version for version in VERSIONS if version != "plain"]
-    add("--version", default="own", choices=templates,
-        help="the chat template to save; own: the language model's")
-    add("--image_aspect_ratio", default="pad", choices=["pad", "square"],
-        help="how pictures become square")
+    add(
+        "--version",
+        default="own",
+        choices=templates,
+        help="the chat template to save; own: the language model's",
+    )
+    add(
+        "--image_aspect_ratio",
+        default="pad",
+        choices=["pad", "square"],
+        help="how pictures become square",
+    )
     add("--tiny", action="store_true", help="make both parts on the spot, small and untrained")
     command = commands.add_parser("chat", help="talk to a model")
     add = command.add_argument
@@ -965,9 +1108,11 @@ def main(argv=None) -> int:
         options = args.mm_projector_type, args.version, args.image_aspect_ratio
         if args.tiny:
             if args.vision_tower or args.language_model:
-                raise ValueError("--tiny makes both parts: leave --vision_tower and "
-                                 "--language_model out")
+                raise ValueError(
+                    "--tiny makes both parts: leave --vision_tower and --language_model out"
+                )
             from data import toy_words
+
             build_tiny(args.out, toy_words(), *options)
         elif args.vision_tower and args.language_model:
             build(args.vision_tower, args.language_model, args.out, *options)
