@@ -69,13 +69,28 @@ def make_model(shape: str, dtype, out: Path):
     (width, layers, heads, kv_heads, mlp, words), tower = SHAPES[shape]
     torch.manual_seed(0)
     torch.set_default_dtype(dtype)
-    text = LlamaForCausalLM(LlamaConfig(
-        hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads, vocab_size=words,
-        num_key_value_heads=kv_heads, intermediate_size=mlp, max_position_embeddings=4096,
-        tie_word_embeddings=shape == "135m"))
-    vision = CLIPVisionModel(CLIPVisionConfig(
-        hidden_size=tower[0], num_hidden_layers=tower[1], num_attention_heads=tower[2],
-        intermediate_size=tower[3], image_size=336, patch_size=14))
+    text = LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=width,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            vocab_size=words,
+            num_key_value_heads=kv_heads,
+            intermediate_size=mlp,
+            max_position_embeddings=4096,
+            tie_word_embeddings=shape == "135m",
+        )
+    )
+    vision = CLIPVisionModel(
+        CLIPVisionConfig(
+            hidden_size=tower[0],
+            num_hidden_layers=tower[1],
+            num_attention_heads=tower[2],
+            intermediate_size=tower[3],
+            image_size=336,
+            patch_size=14,
+        )
+    )
     torch.set_default_dtype(torch.float32)
     for part, name in ((text, "text"), (vision, "vision")):
         part.save_pretrained(out / name)
@@ -97,15 +112,22 @@ def make_rows(mix: str, rows: int, out: Path):
 
     records = []
     for i in range(rows):
-        noise = torch.randint(0, 255, (480, 640, 3), dtype=torch.uint8,
-                              generator=torch.Generator().manual_seed(i))
+        noise = torch.randint(
+            0, 255, (480, 640, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(i)
+        )
         data.Image.fromarray(noise.numpy()).save(out / f"images/{i}.jpg")
-        turns = [(1, rng.randint(6, 14))] if mix == "caption" else [
-            (rng.randint(4, 14), rng.randint(1, 40)) for _ in range(rng.randint(1, 4))]
+        turns = (
+            [(1, rng.randint(6, 14))]
+            if mix == "caption"
+            else [(rng.randint(4, 14), rng.randint(1, 40)) for _ in range(rng.randint(1, 4))]
+        )
         if mix.isdigit():
             turns = [(1, int(mix) - 590)]
-        said = [{"from": who, "value": words(n)} for turn in turns
-                for who, n in zip(("human", "gpt"), turn)]
+        said = [
+            {"from": who, "value": words(n)}
+            for turn in turns
+            for who, n in zip(("human", "gpt"), turn)
+        ]
         said[0]["value"] = f"{data.IMAGE}\n" + said[0]["value"]
         records.append({"id": str(i), "image": f"{i}.jpg", "conversations": said})
     (out / f"{mix}.json").write_text(json.dumps(records))
@@ -129,13 +151,37 @@ def flags_of(job: dict) -> list[str]:
     more = ["--data_path", rows, "--output_dir", job["out"], "--max_steps", str(job["steps"])]
     if not flags:
         more = ["--eval_only", "--validation_data_path", rows, "--max_new_tokens", "16"]
-    return [*flags, *lora_flags, *more, "--model_name_or_path", job["model"],
-            "--image_folder", str(Path(job["work"]) / "images"), "--learning_rate", RATE,
-            "--mm_projector_lr", RATE, "--lr_scheduler_type", "constant", "--warmup_ratio", "0",
-            "--per_device_train_batch_size", str(job["micro_batch"]), "--save_steps", "-1",
-            "--per_device_eval_batch_size", str(job["micro_batch"]), "--model_max_length", "4096",
-            "--gradient_checkpointing", "False", "--bf16", str(job["dtype"] == "bf16"),
-            "--dataloader_num_workers", str(job["workers"])]
+    return [
+        *flags,
+        *lora_flags,
+        *more,
+        "--model_name_or_path",
+        job["model"],
+        "--image_folder",
+        str(Path(job["work"]) / "images"),
+        "--learning_rate",
+        RATE,
+        "--mm_projector_lr",
+        RATE,
+        "--lr_scheduler_type",
+        "constant",
+        "--warmup_ratio",
+        "0",
+        "--per_device_train_batch_size",
+        str(job["micro_batch"]),
+        "--save_steps",
+        "-1",
+        "--per_device_eval_batch_size",
+        str(job["micro_batch"]),
+        "--model_max_length",
+        "4096",
+        "--gradient_checkpointing",
+        "False",
+        "--bf16",
+        str(job["dtype"] == "bf16"),
+        "--dataloader_num_workers",
+        str(job["workers"]),
+    ]
 
 
 # --- the two sides ---
@@ -148,21 +194,27 @@ def run_ours(job: dict) -> dict:
     lines = (Path(job["out"]) / "metrics.jsonl").read_text().splitlines()
     steps = [json.loads(line) for line in lines]
     rows = job["micro_batch"]
-    return {"seconds": [rows / step["samples_per_s"] for step in steps],
-            "tokens": [rows * step["tokens_per_s"] / step["samples_per_s"] for step in steps],
-            "flops": [rows * step["mfu"] / step["samples_per_s"] for step in steps],
-            "losses": [step["loss"] for step in steps],
-            "waiting": statistics.median(step["waiting"] for step in steps[1:] or steps)}
+    return {
+        "seconds": [rows / step["samples_per_s"] for step in steps],
+        "tokens": [rows * step["tokens_per_s"] / step["samples_per_s"] for step in steps],
+        "flops": [rows * step["mfu"] / step["samples_per_s"] for step in steps],
+        "losses": [step["loss"] for step in steps],
+        "waiting": statistics.median(step["waiting"] for step in steps[1:] or steps),
+    }
 
 
 def with_mask(collate):
     """A batch as transformers' collators make it: with a mask, and nothing of ours."""
+
     def collate_rows(rows):
         batch = collate(rows)
         lengths, width = torch.tensor(batch["lengths"]), batch["input_ids"].shape[1]
         mask = (torch.arange(width)[None] < lengths[:, None]).long()  # (B, T)
-        return {"attention_mask": mask,
-                **{key: batch[key] for key in ("input_ids", "labels", "pixel_values")}}
+        return {
+            "attention_mask": mask,
+            **{key: batch[key] for key in ("input_ids", "labels", "pixel_values")},
+        }
+
     return collate_rows
 
 
@@ -175,9 +227,12 @@ def open_peer(job: dict):
     options = {"dtype": torch.float32 if job["side"] == "fp32_folder" else DTYPES[job["dtype"]]}
     if job["case"] == "qlora":
         options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=DTYPES[job["dtype"]],
-            llm_int8_skip_modules=["model.vision_tower", "model.multi_modal_projector", "lm_head"])
+            llm_int8_skip_modules=["model.vision_tower", "model.multi_modal_projector", "lm_head"],
+        )
     model = LlavaForConditionalGeneration.from_pretrained(job["model"], **options)
     if job["case"] == "qlora":
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
@@ -194,8 +249,9 @@ def run_peer(job: dict) -> dict:
 
     args, model, times = train.parse(flags_of(job)), open_peer(job), []
     _, rows, _ = train.open_rows(args, Path(job["model"]))
-    plan = data.plan_epoch(rows.records.lengths, rows.records.has_picture, job["micro_batch"],
-                           args.seed, 0, False)
+    plan = data.plan_epoch(
+        rows.records.lengths, rows.records.has_picture, job["micro_batch"], args.seed, 0, False
+    )
     collate = with_mask(data.Collator(rows.image_token_id, rows.tokens_per_picture))
     device = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -207,17 +263,33 @@ def run_peer(job: dict) -> dict:
         def on_step_end(self, *_, **__):
             times.append(time.perf_counter())
 
-    trainer = SameBatches(model, TrainingArguments(
-        job["out"], max_steps=job["steps"], per_device_train_batch_size=job["micro_batch"],
-        learning_rate=float(RATE), lr_scheduler_type="constant", optim="adamw_torch",
-        bf16=job["dtype"] == "bf16", use_cpu=device == "cpu", report_to="none", logging_steps=1,
-        gradient_checkpointing=job["side"] == "checkpointing", save_strategy="no",
-        gradient_checkpointing_kwargs={"use_reentrant": False}, disable_tqdm=True),
-        train_dataset=rows, callbacks=[Clock()])
+    trainer = SameBatches(
+        model,
+        TrainingArguments(
+            job["out"],
+            max_steps=job["steps"],
+            per_device_train_batch_size=job["micro_batch"],
+            learning_rate=float(RATE),
+            lr_scheduler_type="constant",
+            optim="adamw_torch",
+            bf16=job["dtype"] == "bf16",
+            use_cpu=device == "cpu",
+            report_to="none",
+            logging_steps=1,
+            gradient_checkpointing=job["side"] == "checkpointing",
+            save_strategy="no",
+            gradient_checkpointing_kwargs={"use_reentrant": False},
+            disable_tqdm=True,
+        ),
+        train_dataset=rows,
+        callbacks=[Clock()],
+    )
     times.append(time.perf_counter())
     trainer.train()
-    return {"seconds": [b - a for a, b in zip(times, times[1:])],
-            "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]}
+    return {
+        "seconds": [b - a for a, b in zip(times, times[1:])],
+        "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+    }
 
 
 class PeerAnswers(torch.nn.Module):
@@ -229,9 +301,14 @@ class PeerAnswers(torch.nn.Module):
 
     def generate(self, input_ids, pixel_values, attention_mask, eos_token_id, **options):
         new = self.model.generate(
-            input_ids=input_ids, pixel_values=pixel_values, attention_mask=attention_mask,
-            eos_token_id=eos_token_id, pad_token_id=eos_token_id[0], **options)
-        return new[:, input_ids.shape[1]:]
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            attention_mask=attention_mask,
+            eos_token_id=eos_token_id,
+            pad_token_id=eos_token_id[0],
+            **options,
+        )
+        return new[:, input_ids.shape[1] :]
 
 
 @torch.no_grad()
@@ -244,12 +321,14 @@ def run_without_training(job: dict) -> dict:
     model, asked = model.eval(), train.Questions(rows, len(rows))
     collate = data.Collator(rows.image_token_id, rows.tokens_per_picture)
     seconds, results = [], []
-    for batch in train.eval_batches(asked if job["case"] == "generate" else rows, train.Alone(),
-                                    args, collate, device):
+    for batch in train.eval_batches(
+        asked if job["case"] == "generate" else rows, train.Alone(), args, collate, device
+    ):
         began = time.perf_counter()
         if job["case"] == "generate":
-            answers = train.answer(model if ours else PeerAnswers(model), batch, asked,
-                                   train.Alone(), args, device)
+            answers = train.answer(
+                model if ours else PeerAnswers(model), batch, asked, train.Alone(), args, device
+            )
             results += [said["prediction"] for _, said in answers]
         elif ours:
             loss, _ = model(*train.to_device(batch, device))
@@ -271,7 +350,10 @@ def run(job: dict) -> dict:
     with tempfile.TemporaryDirectory(dir=job["work"]) as out:
         result = subprocess.run(
             [sys.executable, __file__, "--job", json.dumps(job | {"out": f"{out}/run"})],
-            stdout=subprocess.PIPE, text=True, env=os.environ | {"TQDM_DISABLE": "1"})
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"TQDM_DISABLE": "1"},
+        )
     if result.returncode:
         raise RuntimeError(f"{job}: exit status {result.returncode}")
     return json.loads(result.stdout.splitlines()[-1])
@@ -310,15 +392,26 @@ def summarise(runs: list[dict], rate: float) -> list[dict]:
     for (case, mix, rows, side), found in groups.items():
         ours = groups.get((case, mix, rows, "ours"), found)
         # A step's seconds: the median over steps but the first, then over runs.
-        seconds = statistics.median(statistics.median(r["seconds"][1:] or r["seconds"])
-                                    for r in found)
+        seconds = statistics.median(
+            statistics.median(r["seconds"][1:] or r["seconds"]) for r in found
+        )
         peak = statistics.median(r["peak_gib"] for r in found)
-        line = {"case": case, "mix": mix, "micro_batch": rows, "side": side, "runs": len(found),
-                "samples_per_s": rows / seconds, "peak_gib": peak, "last": found[-1]["losses"][-1],
-                "waiting": found[-1].get("waiting")}
+        line = {
+            "case": case,
+            "mix": mix,
+            "micro_batch": rows,
+            "side": side,
+            "runs": len(found),
+            "samples_per_s": rows / seconds,
+            "peak_gib": peak,
+            "last": found[-1]["losses"][-1],
+            "waiting": found[-1].get("waiting"),
+        }
         if "tokens" in ours[0]:
-            tokens, flops = (statistics.median(ours[0][name][1:] or ours[0][name])
-                             for name in ("tokens", "flops"))
+            tokens, flops = (
+                statistics.median(ours[0][name][1:] or ours[0][name])
+                for name in ("tokens", "flops")
+            )
             line |= {"tokens_per_s": tokens / seconds, "rate": flops / seconds / rate}
         lines.append(line)
     first = {(x["case"], x["mix"], x["micro_batch"]): x for x in lines if x["side"] == "ours"}
@@ -332,16 +425,27 @@ def summarise(runs: list[dict], rate: float) -> list[dict]:
 
 def show(lines: list[dict]):
     """Prints the table."""
-    print(f"{'case':<11}{'rows':<14}{'B':>3}  {'side':<14}{'samples/s':>10}{'tokens/s':>10}"
-          f"{'peak GiB':>10}{'rate':>7}{'speed':>8}{'memory':>8}  last loss or answer")
+    print(
+        f"{'case':<11}{'rows':<14}{'B':>3}  {'side':<14}{'samples/s':>10}{'tokens/s':>10}"
+        f"{'peak GiB':>10}{'rate':>7}{'speed':>8}{'memory':>8}  last loss or answer"
+    )
     for x in lines:
         cells = [f"{x['samples_per_s']:10.3f}"] + [
             f"{x[name]:{form}}" if x.get(name) is not None else " " * int(form.split(".")[0])
-            for name, form in (("tokens_per_s", "10.1f"), ("peak_gib", "10.2f"), ("rate", "7.1%"),
-                               ("speed_ratio", "8.2f"), ("memory_ratio", "8.2f"))]
+            for name, form in (
+                ("tokens_per_s", "10.1f"),
+                ("peak_gib", "10.2f"),
+                ("rate", "7.1%"),
+                ("speed_ratio", "8.2f"),
+                ("memory_ratio", "8.2f"),
+            )
+        ]
         last = x["last"] if isinstance(x["last"], str) else f"{x['last']:.5f}"
-        print(f"{x['case']:<11}{x['mix']:<14}{x['micro_batch']:>3}  {x['side']:<14}"
-              + "".join(cells) + f"  {last[:40]}")
+        print(
+            f"{x['case']:<11}{x['mix']:<14}{x['micro_batch']:>3}  {x['side']:<14}"
+            + "".join(cells)
+            + f"  {last[:40]}"
+        )
 
 
 def parse(argv):
@@ -350,13 +454,21 @@ def parse(argv):
     add("--shape", choices=list(SHAPES), default="tiny", help="which model")
     add("--cases", nargs="+", choices=list(CASES), default=list(CASES), help="what it does")
     add("--peers", nargs="*", choices=PEERS, default=PEERS[:1], help="none: ours alone")
-    add("--mix", nargs="+", default=["caption", "instruction"],
-        help="rows: caption, instruction, or a number of tokens")
+    add(
+        "--mix",
+        nargs="+",
+        default=["caption", "instruction"],
+        help="rows: caption, instruction, or a number of tokens",
+    )
     add("--micro_batch", nargs="+", type=int, default=[4], help="rows of a step; of generate, too")
     add("--steps", type=int, default=4, help="steps of a run; the first does not count")
     add("--rounds", type=int, default=3, help="runs of each side")
-    add("--dtype", choices=list(DTYPES), default="bf16" if torch.cuda.is_available() else "fp32",
-        help="bf16 is what a GPU, or a CPU with AMX, is for")
+    add(
+        "--dtype",
+        choices=list(DTYPES),
+        default="bf16" if torch.cuda.is_available() else "fp32",
+        help="bf16 is what a GPU, or a CPU with AMX, is for",
+    )
     add("--workers", type=int, default=2, help="processes that prepare batches")
     add("--product", type=int, default=4096, help="side of the matrices that tell the rate")
     add("--json", help="file of results; those that it holds already count too")
@@ -378,15 +490,28 @@ def bench(args, work: Path) -> dict:
     for mix in args.mix:
         make_rows(mix, max(args.steps * max(args.micro_batch), 16), work)
     rate = best_rate(DTYPES[args.dtype], args.product)
-    found = {"machine": machine(), "shape": args.shape, "dtype": args.dtype, "flops_per_s": rate,
-             "runs": []}
+    found = {
+        "machine": machine(),
+        "shape": args.shape,
+        "dtype": args.dtype,
+        "flops_per_s": rate,
+        "runs": [],
+    }
     if args.json and Path(args.json).is_file():
         found["runs"] = json.loads(Path(args.json).read_text())["runs"]
     for case, mix, rows in itertools.product(args.cases, args.mix, args.micro_batch):
         for side in ["ours", *args.peers] * args.rounds:
-            job = {"case": case, "mix": mix, "micro_batch": rows, "side": side,
-                   "steps": args.steps, "dtype": args.dtype, "workers": args.workers,
-                   "work": str(work), "model": str(model)}
+            job = {
+                "case": case,
+                "mix": mix,
+                "micro_batch": rows,
+                "side": side,
+                "steps": args.steps,
+                "dtype": args.dtype,
+                "workers": args.workers,
+                "work": str(work),
+                "model": str(model),
+            }
             found["runs"].append({"job": job, **run(job)})
             found["table"] = summarise(found["runs"], rate)
             if args.json:

@@ -47,7 +47,7 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer
 
 IMAGE = "<image>"  # one in the text for each picture of the row
-IGNORE = -100      # the label of a position that no loss looks at
+IGNORE = -100  # the label of a position that no loss looks at
 
 
 # --- pictures ---
@@ -83,17 +83,25 @@ class PictureTransform:
                 if not isinstance(size, int):
                     size = size.get("height") or size["shortest_edge"]
                 pads, crops = config.get("do_pad"), config.get("do_center_crop", True)
-                made = cls(size, config["image_mean"], config["image_std"],
-                           aspect_ratio or ("pad" if pads else "square"))
+                made = cls(
+                    size,
+                    config["image_mean"],
+                    config["image_std"],
+                    aspect_ratio or ("pad" if pads else "square"),
+                )
             except Exception as error:  # as many as there are other kinds of JSON
-                raise ValueError(f"{path}: does not say how pictures are prepared "
-                                 f"({error!r})") from None
+                raise ValueError(
+                    f"{path}: does not say how pictures are prepared ({error!r})"
+                ) from None
             if not pads and not (crops and config.get("crop_size")):
-                raise ValueError(f"{path}: pictures are neither padded (do_pad) nor cropped "
-                                 "(crop_size), which is how they become square here")
+                raise ValueError(
+                    f"{path}: pictures are neither padded (do_pad) nor cropped "
+                    "(crop_size), which is how they become square here"
+                )
             return made
-        raise FileNotFoundError(f"{folder}: no preprocessor_config.json, which says how pictures "
-                                "are prepared")
+        raise FileNotFoundError(
+            f"{folder}: no preprocessor_config.json, which says how pictures are prepared"
+        )
 
     def __call__(self, image: Image.Image) -> np.ndarray:
         """(3, size, size) float32, normalised."""
@@ -152,13 +160,19 @@ class Pictures:
                 with zipfile.ZipFile(self.path) as archive:
                     files = archive.infolist()
                 names = np.array([file.filename.encode() for file in files], "S")
-                entries = np.array([(file.header_offset, file.compress_size, file.compress_type,
-                                     file.CRC) for file in files], np.int64).reshape(-1, 4)
+                entries = np.array(
+                    [
+                        (file.header_offset, file.compress_size, file.compress_type, file.CRC)
+                        for file in files
+                    ],
+                    np.int64,
+                ).reshape(-1, 4)
                 order = names.argsort(kind="stable")
                 self.names, self.entries = names[order], entries[order]
             except Exception as error:  # zipfile, too, raises nearly anything
-                raise ValueError(f"--image_folder {path}: neither a folder nor a whole .zip "
-                                 f"({error})") from None
+                raise ValueError(
+                    f"--image_folder {path}: neither a folder nor a whole .zip ({error})"
+                ) from None
             finally:
                 gc.enable()
             self.archive = os.open(self.path, os.O_RDONLY)
@@ -191,8 +205,10 @@ class Pictures:
             raise FileNotFoundError(f"picture {name}: not in {self.path}")
         offset, size, method, crc = self.entries[at].tolist()
         if method not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-            raise ValueError(f"picture {name} in {self.path}: packed by method {method}; zip it "
-                             "with deflate, or without compression")
+            raise ValueError(
+                f"picture {name} in {self.path}: packed by method {method}; zip it "
+                "with deflate, or without compression"
+            )
         try:
             # A local header is 30 bytes and two strings, whose lengths are its last two fields.
             strings = struct.unpack("<2H", os.pread(self.archive, 30, offset)[26:])
@@ -220,7 +236,8 @@ _TEMPLATES = {
         "{%- if turn.role == 'user' -%}{{ 'USER: ' + turn.content + ' ' }}"
         "{%- else -%}{{ 'ASSISTANT: ' + turn.content + eos_token }}{%- endif -%}"
         "{%- endfor -%}"
-        "{{ 'ASSISTANT:' if add_generation_prompt else '' }}"),
+        "{{ 'ASSISTANT:' if add_generation_prompt else '' }}",
+    ),
     "llava_llama_2": (
         "You are a helpful language and vision assistant. You are able to understand the visual "
         "content that the user provides, and assist the user with a variety of tasks using natural "
@@ -230,14 +247,16 @@ _TEMPLATES = {
         "{%- if loop.first and system -%}{{ '<<SYS>>\n' + system + '\n<</SYS>>\n\n' }}{%- endif -%}"
         "{{ turn.content + ' [/INST]' }}"
         "{%- else -%}{{ ' ' + turn.content + ' ' + eos_token }}{%- endif -%}"
-        "{%- endfor -%}"),
+        "{%- endfor -%}",
+    ),
     "chatml_direct": (
         "Answer the questions.",
         "{{ BOS + '<|im_start|>system\n' + system + '<|im_end|>' }}"
         "{%- for turn in turns -%}"
         "{{ '<|im_start|>' + turn.role + '\n' + turn.content + '<|im_end|>' }}"
         "{%- endfor -%}"
-        "{{ '<|im_start|>assistant\n' if add_generation_prompt else '' }}"),
+        "{{ '<|im_start|>assistant\n' if add_generation_prompt else '' }}",
+    ),
 }
 VERSIONS = ["plain", *_TEMPLATES, "own"]
 
@@ -253,17 +272,20 @@ _AS_STRING = (
     "{%- endfor -%}"
     "{%- set both.messages = both.messages + [dict(message, content=both.text)] -%}"
     "{%- endfor -%}"
-    "{%- set messages = both.messages -%}")
+    "{%- set messages = both.messages -%}"
+)
 _AS_PARTS = _AS_STRING.replace("content=both.text", "content=[{'type': 'text', 'text': both.text}]")
 
 
 def chat_template(version: str, has_bos: bool) -> str:
     """The Jinja template of one of LLaVA's `--version` names."""
     system, body = _TEMPLATES[version]
-    return ("{%- set own = messages[0].role == 'system' -%}"
-            "{%- set turns = messages[1:] if own else messages -%}"
-            f"{{%- set system = messages[0].content if own else {json.dumps(system)} -%}}"
-            + body.replace("BOS", "bos_token" if has_bos else "''"))
+    return (
+        "{%- set own = messages[0].role == 'system' -%}"
+        "{%- set turns = messages[1:] if own else messages -%}"
+        f"{{%- set system = messages[0].content if own else {json.dumps(system)} -%}}"
+        + body.replace("BOS", "bos_token" if has_bos else "''")
+    )
 
 
 class ChatText:
@@ -280,7 +302,7 @@ class ChatText:
 
     # Inserted after each character of a control string in a record, so that neither template nor
     # tokenizer takes it for one; its ids are taken out again.
-    CUT = "\U0010FFFF"  # no character
+    CUT = "\U0010ffff"  # no character
 
     def __init__(self, tokenizer, version: str = "own"):
         if version not in VERSIONS:
@@ -295,7 +317,7 @@ class ChatText:
         control = sorted({*special, *tokenizer.all_special_tokens, IMAGE}, key=len, reverse=True)
         self.control = re.compile("|".join(map(re.escape, control)))
         once, twice = (tokenizer(self.CUT * n, add_special_tokens=False).input_ids for n in (1, 2))
-        self.cut_ids = twice[len(once):]
+        self.cut_ids = twice[len(once) :]
         if version == "plain":
             pieces = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
             self.stop_ids = [i for i, piece in enumerate(pieces) if "\n" in piece]
@@ -310,8 +332,15 @@ class ChatText:
         """
         if not template:
             raise ValueError("the model folder has no chat template: name one with --version v1")
-        probe = [{"role": role, "content": text} for role, text in (
-            ("user", "Q1x"), ("assistant", "A1x"), ("user", "Q2x"), ("assistant", "A2x"))]
+        probe = [
+            {"role": role, "content": text}
+            for role, text in (
+                ("user", "Q1x"),
+                ("assistant", "A1x"),
+                ("user", "Q2x"),
+                ("assistant", "A2x"),
+            )
+        ]
         own = template.removeprefix(_AS_STRING).removeprefix(_AS_PARTS)
         self.template = own
         try:
@@ -328,7 +357,8 @@ class ChatText:
         """The template's text for `messages`; with `prompt` it ends where an answer begins."""
         try:
             return self.tokenizer.apply_chat_template(
-                messages, chat_template=self.template, tokenize=False, add_generation_prompt=prompt)
+                messages, chat_template=self.template, tokenize=False, add_generation_prompt=prompt
+            )
         except Exception as error:  # a template is a program
             raise ValueError(f"the chat template refuses this conversation: {error}") from None
 
@@ -336,8 +366,10 @@ class ChatText:
         """The rendered text, and where answers begin and end in it: (text, [from, to, from ..])."""
         if self.version == "plain":
             if len(messages) != 2 or messages[0]["content"].count(IMAGE) != 1:
-                raise ValueError("--version plain takes one human and one gpt turn with one "
-                                 "picture: name another template")
+                raise ValueError(
+                    "--version plain takes one human and one gpt turn with one "
+                    "picture: name another template"
+                )
             text = IMAGE + messages[1]["content"] + "\n"
             return text, [len(IMAGE), len(text)]
         text, edges = self.render(messages, prompt), []
@@ -346,20 +378,28 @@ class ChatText:
             if message["role"] == "assistant":
                 before = self.render(messages[:k], prompt=True)
                 if not text.startswith(before):
-                    raise ValueError("the chat template's generation prompt does not begin its "
-                                     "rendering of an answer: name another with --version v1")
+                    raise ValueError(
+                        "the chat template's generation prompt does not begin its "
+                        "rendering of an answer: name another with --version v1"
+                    )
                 end = self.control.search(text, len(before))
                 if not end:
-                    raise ValueError("the chat template puts no end token after an answer, so the "
-                                     "model would never learn to stop: name another with "
-                                     "--version v1")
-                if not text[len(before):end.start()].rstrip().endswith(content):
-                    raise ValueError("the chat template changes an answer, or puts no end token "
-                                     "after it: name another with --version v1")
+                    raise ValueError(
+                        "the chat template puts no end token after an answer, so the "
+                        "model would never learn to stop: name another with "
+                        "--version v1"
+                    )
+                if not text[len(before) : end.start()].rstrip().endswith(content):
+                    raise ValueError(
+                        "the chat template changes an answer, or puts no end token "
+                        "after it: name another with --version v1"
+                    )
                 edges += [len(before), end.end()]
             elif content not in text:
-                raise ValueError(f"the chat template drops the {message['role']} turn: remove it, "
-                                 "or name another template with --version v1")
+                raise ValueError(
+                    f"the chat template drops the {message['role']} turn: remove it, "
+                    "or name another template with --version v1"
+                )
         return text, edges
 
     def ids_and_labels(self, messages: list[dict], prompt: bool = False) -> tuple[list, list]:
@@ -372,11 +412,11 @@ class ChatText:
         ids, labels, start = [], [], 0
         for k, end in enumerate([*edges, len(text)]):
             whole = self.encode(text[:end])
-            if whole[:len(ids)] == ids:
+            if whole[: len(ids)] == ids:
                 ids = whole
             else:  # a token would straddle the edge: the rest by itself, as if in mid-text
-                ids = ids + self.encode(self.CUT + text[start:end])[len(self.encode(self.CUT)):]
-            labels += ids[len(labels):] if k % 2 else [IGNORE] * (len(ids) - len(labels))
+                ids = ids + self.encode(self.CUT + text[start:end])[len(self.encode(self.CUT)) :]
+            labels += ids[len(labels) :] if k % 2 else [IGNORE] * (len(ids) - len(labels))
             start = end
         return ids, labels
 
@@ -387,19 +427,24 @@ class ChatText:
         if cuts := text.count(self.CUT):
             as_text, cut = "".join(map(chr, ids)), "".join(map(chr, self.cut_ids))
             if not cut or as_text.count(cut) != cuts:
-                raise ValueError("this tokenizer cannot encode a control string (</s>, <image> ..) "
-                                 "as plain text: remove it from the row")
+                raise ValueError(
+                    "this tokenizer cannot encode a control string (</s>, <image> ..) "
+                    "as plain text: remove it from the row"
+                )
             ids = list(map(ord, as_text.replace(cut, "")))
         return ids
 
     def protect(self, message: dict) -> str:
         """The text of a turn with every control string cut, but for a human's <image>."""
-        if re.search("[\ud800-\udfff\U0010FFFF]", message["content"]):
-            raise ValueError("the text has half a surrogate pair or U+10FFFF in it, which is no "
-                             "character: remove it")
+        if re.search("[\ud800-\udfff\U0010ffff]", message["content"]):
+            raise ValueError(
+                "the text has half a surrogate pair or U+10FFFF in it, which is no "
+                "character: remove it"
+            )
         keep = IMAGE if message["role"] == "user" else None
-        return self.control.sub(lambda m: m[0] if m[0] == keep else self.CUT.join([*m[0], ""]),
-                                message["content"])
+        return self.control.sub(
+            lambda m: m[0] if m[0] == keep else self.CUT.join([*m[0], ""]), message["content"]
+        )
 
 
 # --- records ---
@@ -412,19 +457,25 @@ def parse_record(row: dict) -> tuple[list[dict], list[str]]:
     """The turns as {role, content} and the pictures' names; ValueError, with the fix, if wrong."""
     turns = row.get("conversations") if isinstance(row, dict) else None
     if not isinstance(turns, list) or not all(
-            isinstance(t, dict) and isinstance(t.get("value"), str) for t in turns):
-        raise ValueError('expected {"id", "image", "conversations": [{"from": "human" or "gpt", '
-                         '"value": "..."}, ...]}')
+        isinstance(t, dict) and isinstance(t.get("value"), str) for t in turns
+    ):
+        raise ValueError(
+            'expected {"id", "image", "conversations": [{"from": "human" or "gpt", '
+            '"value": "..."}, ...]}'
+        )
     for turn in turns:
         if turn.get("from") not in list(ROLES):  # a list takes what has no hash, too
-            raise ValueError(f'"from": {turn.get("from")!r} is no role: use human and gpt (and '
-                             "system, first)")
+            raise ValueError(
+                f'"from": {turn.get("from")!r} is no role: use human and gpt (and system, first)'
+            )
     messages = [{"role": ROLES[t["from"]], "content": t["value"]} for t in turns]
     first = int(bool(messages) and messages[0]["role"] == "system")
     for i, message in enumerate(messages[first:]):
         if message["role"] != ("user", "assistant")[i % 2]:
-            raise ValueError(f"turn {first + i + 1} is {turns[first + i]['from']}'s: human and gpt "
-                             "must alternate, human first")
+            raise ValueError(
+                f"turn {first + i + 1} is {turns[first + i]['from']}'s: human and gpt "
+                "must alternate, human first"
+            )
     if messages and messages[-1]["role"] == "user":  # a question without an answer teaches nothing
         messages.pop()
     if len(messages) == first:
@@ -434,8 +485,10 @@ def parse_record(row: dict) -> tuple[list[dict], list[str]]:
         raise ValueError('"image" is neither a file name nor a list of file names')
     count = sum(m["content"].count(IMAGE) for m in messages if m["role"] == "user")
     if count != len(images):
-        raise ValueError(f"{len(images)} picture(s) but {count} {IMAGE} in the human turns: write "
-                         f'one {IMAGE} where each picture belongs, and name each in "image"')
+        raise ValueError(
+            f"{len(images)} picture(s) but {count} {IMAGE} in the human turns: write "
+            f'one {IMAGE} where each picture belongs, and name each in "image"'
+        )
     return messages, images
 
 
@@ -476,7 +529,7 @@ def read_list(text: str):
         raise ValueError(f"expected a list of rows, found {type(json.loads(text)).__name__}")
     while not found[1]:
         value, end = decode(text, found.end())
-        yield value, text[found.end():end].encode("utf-8", "surrogatepass")
+        yield value, text[found.end() : end].encode("utf-8", "surrogatepass")
         found = separator(text, end)
         if not found:
             raise json.JSONDecodeError("expected a comma, or ] and the end", text, end)
@@ -516,7 +569,7 @@ class Records:
         return len(self.ends)
 
     def __getitem__(self, i: int) -> dict:
-        return json.loads(self.buffer[self.ends[i - 1] if i else 0:self.ends[i]].tobytes())
+        return json.loads(self.buffer[self.ends[i - 1] if i else 0 : self.ends[i]].tobytes())
 
     def where(self, i: int) -> str:
         try:
@@ -542,8 +595,16 @@ class LlavaDataset(torch.utils.data.Dataset):
     `on_bad_record` is `stop` (a ValueError names the row) or `skip`.
     """
 
-    def __init__(self, records, pictures, text, transform, tokens_per_picture, max_length=2048,
-                 on_bad_record="stop"):
+    def __init__(
+        self,
+        records,
+        pictures,
+        text,
+        transform,
+        tokens_per_picture,
+        max_length=2048,
+        on_bad_record="stop",
+    ):
         self.records, self.pictures, self.text, self.transform = records, pictures, text, transform
         self.tokens_per_picture, self.max_length = tokens_per_picture, max_length
         self.on_bad_record, self.image_token_id = on_bad_record, text.image_token_id
@@ -565,8 +626,14 @@ class LlavaDataset(torch.utils.data.Dataset):
     def item(self, i: int, ids, labels, pixels, cut: int = 0, fault: str | None = None) -> dict:
         size = self.transform.size
         pixels = np.array(pixels, np.float32).reshape(-1, 3, size, size)  # n may be 0
-        return {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels),
-                "pixel_values": torch.from_numpy(pixels), "row": i, "cut": cut, "fault": fault}
+        return {
+            "input_ids": torch.tensor(ids),
+            "labels": torch.tensor(labels),
+            "pixel_values": torch.from_numpy(pixels),
+            "row": i,
+            "cut": cut,
+            "fault": fault,
+        }
 
     def load(self, i: int) -> dict:
         messages, names = parse_record(self.records[i])
@@ -582,11 +649,15 @@ class LlavaDataset(torch.utils.data.Dataset):
         widths = np.where(np.array(ids) == self.image_token_id, self.tokens_per_picture, 1).cumsum()
         keep = int((widths <= self.max_length).sum())
         if self.image_token_id in ids[keep:]:
-            raise ValueError(f"the row has {widths[-1]} tokens, and --model_max_length "
-                             f"{self.max_length} would cut off a picture: raise it")
+            raise ValueError(
+                f"the row has {widths[-1]} tokens, and --model_max_length "
+                f"{self.max_length} would cut off a picture: raise it"
+            )
         if all(label == IGNORE for label in labels[:keep]):
-            raise ValueError(f"the row has {widths[-1]} tokens, and nothing is left to learn from "
-                             f"at --model_max_length {self.max_length}: raise it")
+            raise ValueError(
+                f"the row has {widths[-1]} tokens, and nothing is left to learn from "
+                f"at --model_max_length {self.max_length}: raise it"
+            )
         return keep
 
 
@@ -598,19 +669,30 @@ def open_files(data_path, image_folder, tokens_per_picture=576):
     return records, Pictures(image_folder) if image_folder else None
 
 
-def open_dataset(data_path, image_folder, model_folder, version="own", aspect_ratio=None,
-                 max_length=2048, on_bad_record="stop", text=None) -> LlavaDataset:
+def open_dataset(
+    data_path,
+    image_folder,
+    model_folder,
+    version="own",
+    aspect_ratio=None,
+    max_length=2048,
+    on_bad_record="stop",
+    text=None,
+) -> LlavaDataset:
     """The rows of a file as a model's folder wants them: its template, its pictures, its counts."""
     if not (Path(model_folder) / "config.json").is_file():
         raise FileNotFoundError(f"--model_name_or_path {model_folder}: no config.json there")
     try:
         config = AutoConfig.from_pretrained(model_folder)
     except Exception as error:  # its checks, too, raise nearly anything
-        raise ValueError(f"--model_name_or_path {model_folder}/config.json: "
-                         f"{' '.join(str(error).split())}") from None
+        raise ValueError(
+            f"--model_name_or_path {model_folder}/config.json: {' '.join(str(error).split())}"
+        ) from None
     if config.model_type != "llava":
-        raise ValueError(f"--model_name_or_path {model_folder}: not a LLaVA folder, but "
-                         f"{config.model_type}: make one with `model.py build`")
+        raise ValueError(
+            f"--model_name_or_path {model_folder}: not a LLaVA folder, but "
+            f"{config.model_type}: make one with `model.py build`"
+        )
     vision = config.vision_config  # one token for each patch, and CLIP's CLS where it is kept
     tokens_per_picture = (vision.image_size // vision.patch_size) ** 2
     tokens_per_picture += vision.model_type == "clip_vision_model"
@@ -623,11 +705,14 @@ def open_dataset(data_path, image_folder, model_folder, version="own", aspect_ra
             raise ValueError(f"{model_folder}: its tokenizer cannot be read ({error!r})") from None
         text = ChatText(tokenizer, version)
     if text.image_token_id != config.image_token_id:
-        raise ValueError(f"{model_folder}: {IMAGE} is {text.image_token_id} for the tokenizer, but "
-                         f"{config.image_token_id} in config.json")
+        raise ValueError(
+            f"{model_folder}: {IMAGE} is {text.image_token_id} for the tokenizer, but "
+            f"{config.image_token_id} in config.json"
+        )
     transform = PictureTransform.from_pretrained(model_folder, aspect_ratio)
-    return LlavaDataset(records, pictures, text, transform, tokens_per_picture, max_length,
-                        on_bad_record)
+    return LlavaDataset(
+        records, pictures, text, transform, tokens_per_picture, max_length, on_bad_record
+    )
 
 
 class Collator:
@@ -649,14 +734,17 @@ class Collator:
             assert wanted == given, f"row {row['row']}: {wanted} {IMAGE} ids for {given} pictures"
             times = torch.where(is_image, self.tokens_per_picture, 1)
             input_ids.append(row["input_ids"].repeat_interleave(times))  # (T,)
-            labels.append(row["labels"].repeat_interleave(times))        # (T,), -100 at pictures
+            labels.append(row["labels"].repeat_interleave(times))  # (T,), -100 at pictures
         pad = torch.nn.utils.rnn.pad_sequence
-        return {"input_ids": pad(input_ids, batch_first=True),                     # (B, T)
-                "labels": pad(labels, batch_first=True, padding_value=IGNORE),     # (B, T)
-                "pixel_values": torch.cat([row["pixel_values"] for row in rows]),  # (N, 3, S, S)
-                "lengths": [len(ids) for ids in input_ids], "rows": [row["row"] for row in rows],
-                "cut": sum(row["cut"] > 0 for row in rows),
-                "faults": [row["fault"] for row in rows if row["fault"]]}
+        return {
+            "input_ids": pad(input_ids, batch_first=True),  # (B, T)
+            "labels": pad(labels, batch_first=True, padding_value=IGNORE),  # (B, T)
+            "pixel_values": torch.cat([row["pixel_values"] for row in rows]),  # (N, 3, S, S)
+            "lengths": [len(ids) for ids in input_ids],
+            "rows": [row["row"] for row in rows],
+            "cut": sum(row["cut"] > 0 for row in rows),
+            "faults": [row["fault"] for row in rows if row["fault"]],
+        }
 
 
 def plan_epoch(lengths, has_picture, global_batch: int, seed: int, epoch: int, by_modality: bool):
@@ -700,8 +788,12 @@ def micro_batches(steps: np.ndarray, accumulation: int, world: int, rank: int, s
 # --- commands ---
 
 
-COLOURS = {"red": (214, 40, 40), "green": (50, 160, 60), "blue": (40, 80, 210),
-           "yellow": (215, 180, 20)}
+COLOURS = {
+    "red": (214, 40, 40),
+    "green": (50, 160, 60),
+    "blue": (40, 80, 210),
+    "yellow": (215, 180, 20),
+}
 SIZES = {"tiny": 14, "small": 21, "large": 30, "huge": 40}  # radius in pixels
 SHAPES = {  # corners, for a radius of 1
     "circle": [],
@@ -718,8 +810,11 @@ QUESTIONS = {
     "position": ["Where are the shapes?", "In which corner are the shapes?"],
     "number": ["How many shapes are there?", "Count the shapes."],
 }
-COMPARISONS = {"colour": "In which picture are the shapes {}?", "shape": "Which picture has a {}?",
-               "position": "In which picture are the shapes in the {}?"}
+COMPARISONS = {
+    "colour": "In which picture are the shapes {}?",
+    "shape": "Which picture has a {}?",
+    "position": "In which picture are the shapes in the {}?",
+}
 
 
 class ToyWorld:
@@ -734,14 +829,20 @@ class ToyWorld:
         self.folder, self.rng, self.count, self.deck = folder, random.Random(seed), 0, []
 
     def scene(self) -> dict:
-        choices = {"colour": list(COLOURS), "shape": list(SHAPES), "size": list(SIZES),
-                   "position": POSITIONS, "number": NUMBERS}
+        choices = {
+            "colour": list(COLOURS),
+            "shape": list(SHAPES),
+            "size": list(SIZES),
+            "position": POSITIONS,
+            "number": NUMBERS,
+        }
         return {kind: self.rng.choice(answers) for kind, answers in choices.items()}
 
     def words(self, scene: dict) -> str:
         ending = "" if scene["number"] == "one" else "s"
         return "{number} {size} {colour} {shape}{ending} in the {position}".format(
-            ending=ending, **scene)
+            ending=ending, **scene
+        )
 
     def shapes(self, scene: dict) -> list[tuple]:
         """What to draw: (shape, colour, size, column, row of 4 x 4) each."""
@@ -800,12 +901,19 @@ class ToyWorld:
     def row(self, asked: list[tuple], pictures: list, words: str = "") -> dict:
         """A record: pictures, or words, then questions and answers."""
         images = [self.draw(shapes) for shapes in pictures]
-        turns = [{"from": who, "value": said} for _, *turn in asked
-                 for who, said in zip(("human", "gpt"), turn)]
+        turns = [
+            {"from": who, "value": said}
+            for _, *turn in asked
+            for who, said in zip(("human", "gpt"), turn)
+        ]
         turns[0]["value"] = f"{IMAGE}\n" * len(images) + words + turns[0]["value"]
         image = {"image": images[0] if len(images) == 1 else images} if images else {}
-        return {"id": f"{self.rng.getrandbits(40):010x}", **image, "conversations": turns,
-                "kinds": [kind for kind, *_ in asked]}
+        return {
+            "id": f"{self.rng.getrandbits(40):010x}",
+            **image,
+            "conversations": turns,
+            "kinds": [kind for kind, *_ in asked],
+        }
 
     def reading(self) -> dict:
         """Scenes in words, or the loose words of one, and questions: for who cannot read yet."""
@@ -852,9 +960,11 @@ def toy(out: Path, scenes: int, seed: int):
     (part / "images").mkdir(parents=True)
     world = ToyWorld(part, seed)
     sets = {}
-    for name, make, count in (("reading", world.reading, -(-scenes // 2)),
-                              ("captions", world.caption, -(-scenes // 4)),
-                              ("train", world.instruction, scenes)):
+    for name, make, count in (
+        ("reading", world.reading, -(-scenes // 2)),
+        ("captions", world.caption, -(-scenes // 4)),
+        ("train", world.instruction, scenes),
+    ):
         sets[name] = [make() for _ in range(count)]
         sets[f"{name}_validation"] = [make() for _ in range(160)]
     rows = sets["train_validation"]
@@ -872,6 +982,7 @@ def toy(out: Path, scenes: int, seed: int):
 
 def question_only(train: list[dict], rows: list[dict]) -> dict:
     """{kind: share right} of always giving the training set's commonest answer to a question."""
+
     def turns(rows):
         for row in rows:
             said = [turn["value"].replace(f"{IMAGE}\n", "") for turn in row["conversations"]]
@@ -897,9 +1008,11 @@ def show(dataset: LlavaDataset, i: int, as_json: bool):
         return
     colour = sys.stdout.isatty()
     pictures = len(item["pixel_values"])
-    print(f"{dataset.records.where(i)}: {pictures} picture{'s' * (pictures != 1)}, "
-          f"{batch['lengths'][0]} tokens, {(item['labels'] != IGNORE).sum()} of them supervised, "
-          f"{item['cut']} cut off")
+    print(
+        f"{dataset.records.where(i)}: {pictures} picture{'s' * (pictures != 1)}, "
+        f"{batch['lengths'][0]} tokens, {(item['labels'] != IGNORE).sum()} of them supervised, "
+        f"{item['cut']} cut off"
+    )
     for pixels in item["pixel_values"] if colour else []:
         print(thumbnail(dataset.transform, pixels.numpy()))
     before, after = ("\033[30;42m", "\033[0m") if colour else ("[", "]")
@@ -918,8 +1031,10 @@ def thumbnail(transform: PictureTransform, pixels: np.ndarray, width: int = 48) 
     rgb = Image.fromarray(rgb.clip(0, 255).astype(np.uint8)).resize((width, width))
     rgb = np.asarray(rgb).tolist()
     block = "\033[38;2;{};{};{}m\033[48;2;{};{};{}m▀"
-    lines = ["".join(block.format(*above, *below) for above, below in zip(*rows)) + "\033[0m"
-             for rows in zip(rgb[::2], rgb[1::2])]
+    lines = [
+        "".join(block.format(*above, *below) for above, below in zip(*rows)) + "\033[0m"
+        for rows in zip(rgb[::2], rgb[1::2])
+    ]
     return "\n".join(lines)
 
 
@@ -957,8 +1072,11 @@ class Check(torch.utils.data.Dataset):
                 self.look_at(name)
             except (ValueError, FileNotFoundError) as error:
                 errors.append(error)
-        return (repr(row.get("id") if isinstance(row, dict) else None), figures,
-                [f"{self.records.where(i)}: {error}" for error in errors])
+        return (
+            repr(row.get("id") if isinstance(row, dict) else None),
+            figures,
+            [f"{self.records.where(i)}: {error}" for error in errors],
+        )
 
     def look_at(self, name: str):
         """Raises what training would, as far as it looks: ValueError or FileNotFoundError."""
@@ -976,8 +1094,12 @@ def check(args) -> int:
     records, pictures = (rows.records, rows.pictures) if rows else open_files(*files)
     ids, figures, count = collections.Counter(), [], 0
     batches = torch.utils.data.DataLoader(
-        Check(records, pictures, rows, args.full), batch_size=64, collate_fn=list,
-        num_workers=len(os.sched_getaffinity(0)), multiprocessing_context="fork")
+        Check(records, pictures, rows, args.full),
+        batch_size=64,
+        collate_fn=list,
+        num_workers=len(os.sched_getaffinity(0)),
+        multiprocessing_context="fork",
+    )
     with tqdm(total=len(records), unit=" rows", dynamic_ncols=True, disable=None) as bar:
         for batch in batches:
             for name, numbers, faults in batch:
@@ -988,20 +1110,29 @@ def check(args) -> int:
                     bar.write(fault.encode("utf-8", "backslashreplace").decode())
             bar.update(len(batch))
     turns, images, tokens, kept, supervised = np.array(figures).T
-    print(f"rows        {len(records):,}, {(~records.has_picture).sum():,} of them text-only\n"
-          f"turns       {turns.sum():,}\npictures    {images.sum():,}")
+    print(
+        f"rows        {len(records):,}, {(~records.has_picture).sum():,} of them text-only\n"
+        f"turns       {turns.sum():,}\npictures    {images.sum():,}"
+    )
     if (known := tokens[tokens > 0]).size:
-        shares = ", ".join(f"{share} % have up to {np.percentile(known, share):,.0f}"
-                           for share in (50, 90, 99))
+        shares = ", ".join(
+            f"{share} % have up to {np.percentile(known, share):,.0f}" for share in (50, 90, 99)
+        )
         cut = (known > max_length).sum()
-        print(f"tokens      {shares}, the longest row {known.max():,}\n"
-              f"cut         {cut:,} rows ({cut / len(known):.2%}) at {max_length:,} tokens\n"
-              f"supervised  {supervised.sum() / max(kept.sum(), 1):.1%} of the tokens")
+        print(
+            f"tokens      {shares}, the longest row {known.max():,}\n"
+            f"cut         {cut:,} rows ({cut / len(known):.2%}) at {max_length:,} tokens\n"
+            f"supervised  {supervised.sum() / max(kept.sum(), 1):.1%} of the tokens"
+        )
     repeated = [name for name, times in ids.items() if times > 1]
-    print(f"ids         {len(repeated):,} of them repeated" + "".join(
-        f", the first {name}" for name in repeated[:1]))
-    print(f"faults      {count:,}" + (": mend or remove these rows, or train with --on_bad_record "
-                                      "skip" if count else ""))
+    print(
+        f"ids         {len(repeated):,} of them repeated"
+        + "".join(f", the first {name}" for name in repeated[:1])
+    )
+    print(
+        f"faults      {count:,}"
+        + (": mend or remove these rows, or train with --on_bad_record skip" if count else "")
+    )
     return count
 
 
@@ -1016,39 +1147,61 @@ def read_vqa(path: str, key: str, take) -> tuple[dict, list]:
         content = json.loads(content)
         return content, [take(item) for item in content[key]]
     except Exception as error:  # as many as there are other kinds of JSON
-        raise ValueError(f"{path}: not {key} as OK-VQA and VQAv2 publish them "
-                         f"({type(error).__name__}: {error})") from None
+        raise ValueError(
+            f"{path}: not {key} as OK-VQA and VQAv2 publish them ({type(error).__name__}: {error})"
+        ) from None
 
 
 def vqa_rows(questions: str, annotations: str, pictures: Pictures) -> list[dict]:
     """A row for each question: the answer to learn is the commonest of the ten that people gave,
     the first of several such. All ten are kept under `answers`, for scoring.
     """
-    content, asked = read_vqa(questions, "questions", lambda q: (
-        int(q["question_id"]), int(q["image_id"]), q["question"].strip()))
-    _, answered = read_vqa(annotations, "annotations", lambda a: (
-        (int(a["question_id"]), int(a["image_id"])), [x["answer"].strip() for x in a["answers"]]))
+    content, asked = read_vqa(
+        questions,
+        "questions",
+        lambda q: (int(q["question_id"]), int(q["image_id"]), q["question"].strip()),
+    )
+    _, answered = read_vqa(
+        annotations,
+        "annotations",
+        lambda a: (
+            (int(a["question_id"]), int(a["image_id"])),
+            [x["answer"].strip() for x in a["answers"]],
+        ),
+    )
     given, split = dict(answered), str(content["data_subtype"])  # as train2014: COCO's folder, too
     rows, missing = [], []
     if len({number for number, *_ in asked}) < len(asked) or len(given) < len(answered):
         raise ValueError(f"{questions}, {annotations}: a question_id stands twice in one of them")
     for number, image, question in asked:
         if not given.get((number, image)):
-            raise ValueError(f"{annotations}: no answer to question {number} of {questions}, about "
-                             f"picture {image}")
+            raise ValueError(
+                f"{annotations}: no answer to question {number} of {questions}, about "
+                f"picture {image}"
+            )
         if not question or IMAGE in question:
             raise ValueError(f"{questions}: question {number} is {question!r}: remove it")
         name = f"COCO_{split}_{image:012d}.jpg"
         found = [place for place in (name, f"{split}/{name}") if place in pictures]
         missing += [] if found else [name]
         answers = given[number, image]
-        rows.append({"id": str(number), "image": (found or [name])[0], "conversations": [
-            {"from": "human", "value": f"{IMAGE}\n{question}\n{SHORT_ANSWER}"},
-            {"from": "gpt", "value": max(answers, key=answers.count)}], "answers": answers})
+        rows.append(
+            {
+                "id": str(number),
+                "image": (found or [name])[0],
+                "conversations": [
+                    {"from": "human", "value": f"{IMAGE}\n{question}\n{SHORT_ANSWER}"},
+                    {"from": "gpt", "value": max(answers, key=answers.count)},
+                ],
+                "answers": answers,
+            }
+        )
     if missing:
-        raise FileNotFoundError(f"{questions}: {len(missing)} of {len(rows)} questions have no "
-                                f"picture in {pictures.path}, the first {missing[0]}: get COCO's "
-                                f"{split}, or name the folder or .zip that holds it")
+        raise FileNotFoundError(
+            f"{questions}: {len(missing)} of {len(rows)} questions have no "
+            f"picture in {pictures.path}, the first {missing[0]}: get COCO's "
+            f"{split}, or name the folder or .zip that holds it"
+        )
     return rows
 
 
@@ -1058,31 +1211,39 @@ def okvqa(args):
     if os.path.lexists(out):
         raise ValueError(f"--out {out}: exists already; name a new folder")
     if not len(args.questions) == len(args.annotations) <= 2:
-        raise ValueError("--questions and --annotations take one file each, or two: to train on, "
-                         "and to validate with")
+        raise ValueError(
+            "--questions and --annotations take one file each, or two: to train on, "
+            "and to validate with"
+        )
     train, *more = [vqa_rows(*files, pictures) for files in zip(args.questions, args.annotations)]
     names = sorted({row["image"] for row in train})
     if more:
         held_out = {row["image"] for row in more[0]}
         if both := held_out.intersection(names):
-            raise ValueError(f"{args.questions[1]}: {min(both)} is a picture of "
-                             f"{args.questions[0]}, too")
+            raise ValueError(
+                f"{args.questions[1]}: {min(both)} is a picture of {args.questions[0]}, too"
+            )
     else:
         random.Random(args.seed).shuffle(names)
-        held_out = set(names[:round(len(names) * min(max(args.val_fraction, 0), 1))])
+        held_out = set(names[: round(len(names) * min(max(args.val_fraction, 0), 1))])
     rows = train + sum(more, [])
-    train, validation = ([row for row in rows if (row["image"] in held_out) == held]
-                         for held in (False, True))
+    train, validation = (
+        [row for row in rows if (row["image"] in held_out) == held] for held in (False, True)
+    )
     if not train or not validation:
-        raise ValueError(f"{len(train)} questions to train on and {len(validation)} to validate "
-                         f"with, at --val_fraction {args.val_fraction}: neither may be empty")
+        raise ValueError(
+            f"{len(train)} questions to train on and {len(validation)} to validate "
+            f"with, at --val_fraction {args.val_fraction}: neither may be empty"
+        )
     part = out.with_name(out.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     for name, rows in (("train", train), ("validation", validation)):
         (part / f"{name}.json").write_text(json.dumps(rows, indent=1))
-        print(f"{out / name}.json: {len(rows):,} questions about "
-              f"{len({row['image'] for row in rows}):,} pictures")
+        print(
+            f"{out / name}.json: {len(rows):,} questions about "
+            f"{len({row['image'] for row in rows}):,} pictures"
+        )
     part.rename(out)
 
 
@@ -1101,31 +1262,52 @@ def parse(argv):
     command.add_argument("--out", required=True, help="folder to write to")
     command.add_argument("--scenes", type=int, default=8000, help="rows of stage 2")
     command.add_argument("--seed", type=int, default=0)
-    for name, what in (("show", "print a row as the model gets it"),
-                       ("check", "read all rows and pictures; say what is wrong with them")):
+    for name, what in (
+        ("show", "print a row as the model gets it"),
+        ("check", "read all rows and pictures; say what is wrong with them"),
+    ):
         command = commands.add_parser(name, help=what)
-        command.add_argument("--model_name_or_path", required=name == "show",
-                             help="a LLaVA folder; check counts no tokens without one")
+        command.add_argument(
+            "--model_name_or_path",
+            required=name == "show",
+            help="a LLaVA folder; check counts no tokens without one",
+        )
         command.add_argument("--data_path", required=True, help=".json or .jsonl in LLaVA's format")
         command.add_argument("--image_folder", help="a folder of pictures, or a .zip")
         command.add_argument("--version", choices=VERSIONS, default="own", help="the template")
-        command.add_argument("--model_max_length", type=int, default=2048,
-                             help="tokens of a row, pictures included")
-    commands.choices["check"].add_argument("--full", action="store_true",
-                                           help="decode each picture whole")
+        command.add_argument(
+            "--model_max_length", type=int, default=2048, help="tokens of a row, pictures included"
+        )
+    commands.choices["check"].add_argument(
+        "--full", action="store_true", help="decode each picture whole"
+    )
     command = commands.choices["show"]
     command.add_argument("--image_aspect_ratio", choices=["pad", "square"])
     command.add_argument("--index", type=int, default=0, help="which row, from 0")
     command.add_argument("--json", action="store_true", help="input_ids and labels, for machines")
     command = commands.add_parser("okvqa", help="OK-VQA's or VQAv2's raw files to LLaVA's format")
-    command.add_argument("--questions", required=True, nargs="+", metavar="F",
-                         help="raw .json to train on, and, if it is not to be split, to validate")
-    command.add_argument("--annotations", required=True, nargs="+", metavar="F",
-                         help="the raw answers to each of them")
+    command.add_argument(
+        "--questions",
+        required=True,
+        nargs="+",
+        metavar="F",
+        help="raw .json to train on, and, if it is not to be split, to validate",
+    )
+    command.add_argument(
+        "--annotations",
+        required=True,
+        nargs="+",
+        metavar="F",
+        help="the raw answers to each of them",
+    )
     command.add_argument("--image_folder", required=True, help="COCO's pictures, a folder or .zip")
     command.add_argument("--out", required=True, help="folder to write to")
-    command.add_argument("--val_fraction", type=float, default=0.05,
-                         help="share of the pictures whose questions go into validation.json")
+    command.add_argument(
+        "--val_fraction",
+        type=float,
+        default=0.05,
+        help="share of the pictures whose questions go into validation.json",
+    )
     command.add_argument("--seed", type=int, default=0, help="of which pictures these are")
     return parser.parse_args(argv)
 
@@ -1140,8 +1322,14 @@ def main(argv=None) -> int:
         elif args.command == "okvqa":
             okvqa(args)
         elif args.command == "show":
-            dataset = open_dataset(args.data_path, args.image_folder, args.model_name_or_path,
-                                   args.version, args.image_aspect_ratio, args.model_max_length)
+            dataset = open_dataset(
+                args.data_path,
+                args.image_folder,
+                args.model_name_or_path,
+                args.version,
+                args.image_aspect_ratio,
+                args.model_max_length,
+            )
             show(dataset, args.index, args.json)
         else:
             return int(check(args) > 0)

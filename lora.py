@@ -136,8 +136,10 @@ def inject(model, target_modules, r, alpha, dropout=0.0, use_rslora=False, dtype
     Raises ValueError if nothing matches, r < 1 or dropout is no share below 1.
     """
     if r < 1 or not 0 <= dropout < 1:
-        raise ValueError(f"r is {r} and dropout {dropout}: the rank of LoRA is at least 1, and "
-                         "dropout from 0 to below 1")
+        raise ValueError(
+            f"r is {r} and dropout {dropout}: the rank of LoRA is at least 1, and "
+            "dropout from 0 to below 1"
+        )
     linears = find_linears(model, target_modules)
     model.requires_grad_(False)
     for name, linear in linears.items():
@@ -440,8 +442,10 @@ def read_folder(folder):
 def weight_files(folder):
     files = sorted(Path(folder).glob("model*.safetensors"))
     if not files:
-        raise FileNotFoundError(f"{folder} has no model.safetensors or model-*.safetensors (.bin "
-                                "files are not merged into)")
+        raise FileNotFoundError(
+            f"{folder} has no model.safetensors or model-*.safetensors (.bin "
+            "files are not merged into)"
+        )
     return files
 
 

@@ -5,7 +5,7 @@
 # Sets up on first use and runs the whole recipe: build a model, stage 1, stage 2, evaluate, talk to it.
 #
 #   bash run.sh          built-in data and a tiny model, on whatever machine this is
-#   bash run.sh test     the tests; test --all: the long ones too
+#   bash run.sh test     the tests; test --all: the long ones too; test --gpu: those that need a GPU
 #   bash run.sh help     this text
 #   sbatch run.sh        under SLURM, from this folder; sbatch's own flags, as --nodes=2, come before the lines above
 #
@@ -205,9 +205,12 @@ case "${1:-recipe}" in
   test)
     setup pytest==9.2.0 hypothesis==6.170.15 peft==0.21.2 accelerate==1.15.0
     shift
-    marks="not long"
-    if [ "${1:-}" = --all ]; then marks=""; shift; fi
-    python -m pytest -q -p no:cacheprovider -o markers=long -m "$marks" test_smoke.py "$@" ;;
+    marks="not long and not gpu"
+    case "${1:-}" in
+      --all) marks="not gpu"; shift ;;
+      --gpu) marks=gpu; shift ;;
+    esac
+    python -m pytest -q -m "$marks" test_smoke.py tests "$@" ;;
   recipe)
     setup
     if [ -n "$given" ]; then choose_launch; real

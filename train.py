@@ -57,6 +57,7 @@ from transformers.utils import logging as transformers_logging
 import data
 import lora
 import model as llava
+from cli import BOOLEAN, Parser, number
 
 # How the names of what trains whole begin, and the recipe of LLaVA-1.5: learning rate, rows of a
 # micro-batch, template. Its global batch is 256 rows in stage 1 and 128 in stage 2, on eight GPUs.
@@ -67,8 +68,13 @@ TRAIN_TYPES = {
     "use_lora": (["multi_modal_projector"], 2e-4, 16, "own"),
 }
 LORA_PROJECTOR_LR = 2e-5  # published too: the projector has learnt already, the adapters have not
-NEW_ADAPTER = {"lora_r": 128, "lora_alpha": 256, "lora_dropout": 0.05,
-               "lora_target_modules": llava.DECODER, "use_rslora": False}
+NEW_ADAPTER = {
+    "lora_r": 128,
+    "lora_alpha": 256,
+    "lora_dropout": 0.05,
+    "lora_target_modules": llava.DECODER,
+    "use_rslora": False,
+}
 
 
 # --- model, schedule, parameter groups ---
@@ -85,28 +91,42 @@ def load_model(args, source: Path, device: str, stage: int = 0):
     as_on_disk = stage == 3 and args.bits == 16 and not args.adapter
     if stage == 3 and args.bits == 16:
         device = "cpu"  # mapped from the file, until DeepSpeed takes this rank's share of it
-    model = llava.open_model(source, args.adapter, args.bits, None if as_on_disk else dtype, device,
-                             storage)
+    model = llava.open_model(
+        source, args.adapter, args.bits, None if as_on_disk else dtype, device, storage
+    )
     if args.train_type == "use_lora":
         lora.base_fingerprint(source, llava.transformers_name)  # fail now, not at a save
         own = data.PictureTransform.from_pretrained(source).aspect_ratio
         if args.image_aspect_ratio not in (None, own):
-            raise ValueError(f"--image_aspect_ratio {args.image_aspect_ratio}: {source} has {own}, "
-                             "and an adapter has no place for another")
+            raise ValueError(
+                f"--image_aspect_ratio {args.image_aspect_ratio}: {source} has {own}, "
+                "and an adapter has no place for another"
+            )
     if args.train_type == "use_lora" and not args.adapter:
-        names = lora.inject(model, args.lora_target_modules, args.lora_r, args.lora_alpha,
-                            args.lora_dropout, args.use_rslora, dtype)
+        names = lora.inject(
+            model,
+            args.lora_target_modules,
+            args.lora_r,
+            args.lora_alpha,
+            args.lora_dropout,
+            args.use_rslora,
+            dtype,
+        )
         outside = [name for name in names if not re.fullmatch(llava.DECODER, name)]
         if outside:
-            raise ValueError(f"--lora_target_modules {args.lora_target_modules}: matches "
-                             f"{outside[0]}; adapters are for the decoder's layers only")
+            raise ValueError(
+                f"--lora_target_modules {args.lora_target_modules}: matches "
+                f"{outside[0]}; adapters are for the decoder's layers only"
+            )
         print(lora.fold(names))
     trained = tuple(TRAIN_TYPES[args.train_type][0] if args.train_type else [])
     for name, p in model.named_parameters():
         trains = name.startswith(trained) or ".lora." in name
         if args.train_type and p.requires_grad and args.adapter and not trains:
-            raise ValueError(f"--adapter {args.adapter}: trains {name} whole, which is not kept "
-                             "here: merge it, and train a new adapter on that")
+            raise ValueError(
+                f"--adapter {args.adapter}: trains {name} whole, which is not kept "
+                "here: merge it, and train a new adapter on that"
+            )
         p.requires_grad_(trains)
     return model
 
@@ -115,7 +135,8 @@ def write_result(model, args, text, source: Path, state: dict, folder: Path):
     """What was trained, as a new folder: an adapter in PEFT's format, or else a whole model."""
     if args.train_type != "use_lora":  # `plain` is for training only: it is no folder's template
         llava.save_pretrained(
-            model, folder, source, text.chat_template, state, args.image_aspect_ratio)
+            model, folder, source, text.chat_template, state, args.image_aspect_ratio
+        )
         return
     lora.save(model, folder, source, llava.transformers_name, ["multi_modal_projector"], state)
     if text.chat_template:
@@ -127,23 +148,38 @@ def schedule(step: int, total_steps: int, warmup_steps: int, kind: str) -> float
     if step < warmup_steps:
         return step / warmup_steps
     progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
-    return {"cosine": 0.5 * (1 + math.cos(math.pi * progress)), "linear": 1 - progress,
-            "constant": 1.0}[kind]
+    return {
+        "cosine": 0.5 * (1 + math.cos(math.pi * progress)),
+        "linear": 1 - progress,
+        "constant": 1.0,
+    }[kind]
 
 
 def make_optimizer(parameters: dict, args) -> torch.optim.AdamW:
     """AdamW over {name: parameter}: a learning rate for each part, no decay but on matrices."""
-    rates = {"vision_tower": args.mm_vision_tower_lr, "language_model": args.learning_rate,
-             "multi_modal_projector": args.mm_projector_lr}
+    rates = {
+        "vision_tower": args.mm_vision_tower_lr,
+        "language_model": args.learning_rate,
+        "multi_modal_projector": args.mm_projector_lr,
+    }
     groups = {}
     for name, p in parameters.items():
         is_matrix = len(lora.true_shape(p)) > 1  # ZeRO-3 leaves none of a weight's dimensions
         groups.setdefault((name.split(".")[0], is_matrix), []).append(p)
     return torch.optim.AdamW(
-        [{"params": params, "lr": rates[part], "base_lr": rates[part],
-          "weight_decay": args.weight_decay * is_matrix}
-         for (part, is_matrix), params in groups.items()],
-        betas=(0.9, 0.999), eps=1e-8, fused=True)
+        [
+            {
+                "params": params,
+                "lr": rates[part],
+                "base_lr": rates[part],
+                "weight_decay": args.weight_decay * is_matrix,
+            }
+            for (part, is_matrix), params in groups.items()
+        ],
+        betas=(0.9, 0.999),
+        eps=1e-8,
+        fused=True,
+    )
 
 
 def set_learning_rates(optimizer, factor: float):
@@ -199,11 +235,14 @@ class Plain(Alone):
     def __init__(self, model, args):
         self.model, self.max_grad_norm = model, args.max_grad_norm or math.inf  # 0: no clipping
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.masters = {name: p if p.dtype == torch.float32 else p.detach().float()
-                        for name, p in trained.items()}
+        self.masters = {
+            name: p if p.dtype == torch.float32 else p.detach().float()
+            for name, p in trained.items()
+        }
         self.optimizer = make_optimizer(self.masters, args)
-        self.copies = [(self.masters[name], p) for name, p in trained.items()
-                       if p is not self.masters[name]]
+        self.copies = [
+            (self.masters[name], p) for name, p in trained.items() if p is not self.masters[name]
+        ]
         for master, p in self.copies:
             p.register_post_accumulate_grad_hook(functools.partial(self._collect, master))
 
@@ -239,8 +278,11 @@ class Plain(Alone):
         return {name: master.detach() for name, master in self.masters.items()}
 
     def save(self, folder: Path, attempt):
-        attempt(torch.save, {"weights": self.state(), "optimizer": self.optimizer.state_dict()},
-                folder / "state.pt")
+        attempt(
+            torch.save,
+            {"weights": self.state(), "optimizer": self.optimizer.state_dict()},
+            folder / "state.pt",
+        )
 
     def load(self, folder: Path, world: int):
         saved = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
@@ -263,7 +305,8 @@ class ZeRO(Alone):
             self.partition(config, torch.bfloat16 if args.bf16 else torch.float32)
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.engine, *_ = deepspeed.initialize(
-            model=model, optimizer=make_optimizer(trained, args), config=config)
+            model=model, optimizer=make_optimizer(trained, args), config=config
+        )
         self.engine._copy_recovery_script = lambda folder: None  # a write that could fail unheard
         self.optimizer = self.engine.optimizer
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
@@ -322,9 +365,11 @@ class ZeRO(Alone):
     def save(self, folder: Path, attempt):
         """NOTE: its ranks wait for one another, so a write that fails must not raise in there."""
         self.engine.checkpoint_engine.save = lambda state_dict, path: attempt(
-            torch.save, state_dict, path)
-        self.engine.save_checkpoint(str(folder), tag="state", exclude_frozen_parameters=True,
-                                    save_latest=False)
+            torch.save, state_dict, path
+        )
+        self.engine.save_checkpoint(
+            str(folder), tag="state", exclude_frozen_parameters=True, save_latest=False
+        )
 
     def load(self, folder: Path, world: int):
         """NOTE: DeepSpeed unpickles its files, so only checkpoints of this very run come here."""
@@ -336,8 +381,10 @@ class ZeRO(Alone):
     def _load_universal(self, folder: Path):
         """What another number of processes wrote, through DeepSpeed's form for any number."""
         universal, attempt = folder.with_suffix(".universal"), Attempts()
-        groups = [{key: value for key, value in group.items() if key != "params"}
-                  for group in self.optimizer.param_groups]
+        groups = [
+            {key: value for key, value in group.items() if key != "params"}
+            for group in self.optimizer.param_groups
+        ]
         if self.rank == 0:
             attempt(make_universal, folder / "state", universal / "state")
         agree(attempt.faults)
@@ -357,14 +404,28 @@ def make_universal(state: Path, out: Path):
     """Writes what DeepSpeed's processes have saved anew: whole, in a folder for each weight."""
     shutil.rmtree(out, ignore_errors=True)  # of a run that died meanwhile
     done = subprocess.run(
-        [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state",
-         "--input_folder", state, "--output_folder", out], capture_output=True, text=True)
+        [
+            sys.executable,
+            "-m",
+            "deepspeed.checkpoint.ds_to_universal",
+            "--inject_missing_state",
+            "--input_folder",
+            state,
+            "--output_folder",
+            out,
+        ],
+        capture_output=True,
+        text=True,
+    )
     if done.returncode:
         raise RuntimeError(done.stderr.strip().split("\n")[-1])
 
 
-OFFLOADED = {"none": [], "optimizer": ["offload_optimizer"],
-             "all": ["offload_optimizer", "offload_param"]}
+OFFLOADED = {
+    "none": [],
+    "optimizer": ["offload_optimizer"],
+    "all": ["offload_optimizer", "offload_param"],
+}
 
 
 def deepspeed_config(args) -> dict:
@@ -376,13 +437,17 @@ def deepspeed_config(args) -> dict:
     if not isinstance(zero, dict) or zero.get("stage") not in (2, 3):
         raise ValueError(f"--deepspeed {args.deepspeed}: zero_optimization needs a stage, 2 or 3")
     if args.offload == "all" and zero["stage"] == 2:
-        raise ValueError(f"--offload all: {args.deepspeed} is ZeRO-2, which partitions no weights; "
-                         "use ds_zero3.json, or --offload optimizer")
+        raise ValueError(
+            f"--offload all: {args.deepspeed} is ZeRO-2, which partitions no weights; "
+            "use ds_zero3.json, or --offload optimizer"
+        )
     memory = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     zero = {**zero, **{section: memory for section in OFFLOADED[args.offload]}}
-    flags = {"train_micro_batch_size_per_gpu": args.per_device_train_batch_size,
-             "gradient_accumulation_steps": args.gradient_accumulation_steps,
-             "gradient_clipping": args.max_grad_norm}
+    flags = {
+        "train_micro_batch_size_per_gpu": args.per_device_train_batch_size,
+        "gradient_accumulation_steps": args.gradient_accumulation_steps,
+        "gradient_clipping": args.max_grad_norm,
+    }
     for key in (*flags, "train_batch_size", "optimizer", "scheduler", "fp16"):
         if key in config:
             raise ValueError(f"--deepspeed {args.deepspeed}: remove {key}, the flags decide it")
@@ -392,7 +457,9 @@ def deepspeed_config(args) -> dict:
 # --- evaluation ---
 
 # What the VQA score takes for the same: contractions without one of their apostrophes, numbers.
-CONTRACTIONS = {word[:i] + word[i + 1:]: word for word in """
+CONTRACTIONS = {
+    word[:i] + word[i + 1 :]: word
+    for word in """
     ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't
     haven't he'd he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am might've mightn't
     mightn't've must've mustn't needn't not've o'clock oughtn't 'ow's'at shan't she'd've should've
@@ -401,10 +468,15 @@ CONTRACTIONS = {word[:i] + word[i + 1:]: word for word in """
     there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll
     what're what's what've when's where'd where's where've who'd who'd've who'll who's who've why'll
     why're why's won't would've wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll
-    you're you've""".split() for i, letter in enumerate(word) if letter == "'"}
+    you're you've""".split()
+    for i, letter in enumerate(word)
+    if letter == "'"
+}
 ARTICLES = ("a", "an", "the")
-NUMBERS = {word: str(i) for i, word in enumerate(
-    "zero one two three four five six seven eight nine ten".split())} | {"none": "0"}
+NUMBERS = {
+    word: str(i)
+    for i, word in enumerate("zero one two three four five six seven eight nine ten".split())
+} | {"none": "0"}
 
 
 def normalise(answer: str) -> str:
@@ -452,8 +524,8 @@ class Questions(Dataset):
         starts = (supervised & ~supervised.roll(1)).nonzero().flatten().tolist()
         if k >= len(starts):  # cut off by --model_max_length
             return self.rows[-1]
-        ids = item["input_ids"][:starts[k]]
-        pictures = item["pixel_values"][:(ids == self.rows.image_token_id).sum()]
+        ids = item["input_ids"][: starts[k]]
+        pictures = item["pixel_values"][: (ids == self.rows.image_token_id).sum()]
         return {**item, "input_ids": ids, "labels": ids, "pixel_values": pictures, "row": j}
 
     def expected(self, j: int) -> dict:
@@ -468,8 +540,13 @@ class Questions(Dataset):
         more = {"kind": kinds[k]} if len(kinds) == len(at) else {}
         if len(at) == 1 and len(answers) > 3:  # of fewer, three others could never agree
             more["answers"] = answers
-        return {"row": i, "id": row.get("id"), "question": turns[at[k] - 1]["content"],
-                "answer": turns[at[k]]["content"].strip(), **more}
+        return {
+            "row": i,
+            "id": row.get("id"),
+            "question": turns[at[k] - 1]["content"],
+            "answer": turns[at[k]]["content"].strip(),
+            **more,
+        }
 
 
 def strings(row: dict, key: str) -> list[str]:
@@ -503,8 +580,10 @@ def evaluate(model, dataset, engine, collate, args, device, step=0) -> tuple[dic
     loss, right, tokens, faulty = engine.all_reduce(*sums.tolist(), len(faults))
     handle_faults(faults, faulty, args)
     if not tokens or not math.isfinite(loss):
-        raise Agreed(f"{dataset.records.path}: " + (
-            f"the loss on its rows is {loss}" if tokens else "none of its rows can be used"))
+        raise Agreed(
+            f"{dataset.records.path}: "
+            + (f"the loss on its rows is {loss}" if tokens else "none of its rows can be used")
+        )
     metrics = {"step": step, "eval_loss": loss / tokens, "eval_token_accuracy": right / tokens}
     count = len(dataset) if args.eval_samples < 0 else min(args.eval_samples, len(dataset))
     questions = Questions(dataset, count)
@@ -526,12 +605,20 @@ def evaluate(model, dataset, engine, collate, args, device, step=0) -> tuple[dic
 def answer(model, batch: dict, questions: Questions, engine, args, device) -> list[tuple]:
     """Greedy answers to a batch of questions, with their numbers: [(j, {id, question, ...})]."""
     prompts = [ids[:n] for ids, n in zip(batch["input_ids"], batch["lengths"])]
-    ids, mask = (pad_sequence(rows, batch_first=True, padding_side="left").to(device)
-                 for rows in (prompts, [torch.ones_like(ids) for ids in prompts]))
+    ids, mask = (
+        pad_sequence(rows, batch_first=True, padding_side="left").to(device)
+        for rows in (prompts, [torch.ones_like(ids) for ids in prompts])
+    )
     text = questions.rows.text
     new = model.generate(
-        ids, batch["pixel_values"].to(device), mask, max_new_tokens=args.max_new_tokens,
-        eos_token_id=text.stop_ids, do_sample=False, synced_gpus=engine.world > 1)
+        ids,
+        batch["pixel_values"].to(device),
+        mask,
+        max_new_tokens=args.max_new_tokens,
+        eos_token_id=text.stop_ids,
+        do_sample=False,
+        synced_gpus=engine.world > 1,
+    )
     answers = []
     for j, words in zip(batch["rows"], text.tokenizer.batch_decode(new, skip_special_tokens=True)):
         if j >= 0:
@@ -548,15 +635,28 @@ def answer(model, batch: dict, questions: Questions, engine, args, device) -> li
 
 # Flags that may differ between a run and its continuation: they change nothing that is learnt, as
 # long as a step has as many rows.
-FREE_FLAGS = {"output_dir", "resume_from_checkpoint", "dataloader_num_workers", "logging_steps",
-              "save_steps", "save_total_limit", "per_device_eval_batch_size", "local_rank",
-              "report_to", "per_device_train_batch_size", "gradient_accumulation_steps"}
+FREE_FLAGS = {
+    "output_dir",
+    "resume_from_checkpoint",
+    "dataloader_num_workers",
+    "logging_steps",
+    "save_steps",
+    "save_total_limit",
+    "per_device_eval_batch_size",
+    "local_rank",
+    "report_to",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+}
 
 
 def checkpoints(out: Path) -> list[Path]:
     """The whole checkpoints in a run's folder, oldest first."""
-    steps = {int(path.name.split("-")[1]): path for path in out.iterdir()
-             if re.fullmatch(r"checkpoint-\d+", path.name) and (path / "progress.json").is_file()}
+    steps = {
+        int(path.name.split("-")[1]): path
+        for path in out.iterdir()
+        if re.fullmatch(r"checkpoint-\d+", path.name) and (path / "progress.json").is_file()
+    }
     return [steps[step] for step in sorted(steps)]
 
 
@@ -567,8 +667,11 @@ def check_empty(out: Path):
 
 def rows_a_step(args) -> int:
     """The rows of a global batch."""
-    return (args.per_device_train_batch_size * args.gradient_accumulation_steps
-            * int(os.environ["WORLD_SIZE"]))
+    return (
+        args.per_device_train_batch_size
+        * args.gradient_accumulation_steps
+        * int(os.environ["WORLD_SIZE"])
+    )
 
 
 def open_run(args) -> tuple[str, list[Path]]:
@@ -582,20 +685,27 @@ def open_run(args) -> tuple[str, list[Path]]:
     if not (out / "run.json").is_file():
         check_empty(out)
         if args.resume_from_checkpoint not in (None, "latest"):
-            raise ValueError(f"--output_dir {out}: no run there to resume from "
-                             f"{args.resume_from_checkpoint}")
+            raise ValueError(
+                f"--output_dir {out}: no run there to resume from {args.resume_from_checkpoint}"
+            )
         return secrets.token_hex(8), []
     if args.resume_from_checkpoint is None:
-        raise ValueError(f"--output_dir {out} holds a run: resume it with --resume_from_checkpoint "
-                         "latest, or name a new folder")
+        raise ValueError(
+            f"--output_dir {out} holds a run: resume it with --resume_from_checkpoint "
+            "latest, or name a new folder"
+        )
     run = llava.read_json(out / "run.json")
     for name, value in vars(args).items():
         if name not in FREE_FLAGS and run.get("args", {}).get(name) != value:
-            raise ValueError(f"--output_dir {out} holds a run with --{name} "
-                             f"{run['args'].get(name)}, not {value}: name a new folder")
+            raise ValueError(
+                f"--output_dir {out} holds a run with --{name} "
+                f"{run['args'].get(name)}, not {value}: name a new folder"
+            )
     if run.get("rows_a_step") != rows_a_step(args):
-        raise ValueError(f"--output_dir {out} holds a run of {run.get('rows_a_step')} rows a step, "
-                         f"not {rows_a_step(args)}: change --gradient_accumulation_steps")
+        raise ValueError(
+            f"--output_dir {out} holds a run of {run.get('rows_a_step')} rows a step, "
+            f"not {rows_a_step(args)}: change --gradient_accumulation_steps"
+        )
     if args.resume_from_checkpoint == "latest":
         return run["id"], checkpoints(out)
     return run["id"], [Path(args.resume_from_checkpoint)]
@@ -617,7 +727,8 @@ class Attempts:
         except Exception as error:  # --report_to hands on whatever its library raises
             reason = f"{type(error).__name__}: {llava.one_line(error)[:200]}"
             self.faults.append(
-                f"{args[-1]}: not written ({reason}); the checkpoints before it stay")
+                f"{args[-1]}: not written ({reason}); the checkpoints before it stay"
+            )
 
 
 def save_checkpoint(engine, out: Path, progress: dict, limit: int, attempt, write=None):
@@ -645,8 +756,9 @@ def save_checkpoint(engine, out: Path, progress: dict, limit: int, attempt, writ
 def publish_checkpoint(progress: dict, limit: int, target: Path):
     """Names the files of a checkpoint, whole now, renames it, and removes the oldest ones."""
     part = target.with_suffix(".part")
-    files = {str(path.relative_to(part)): path.stat().st_size
-             for path in sorted(part.rglob("*.pt"))}
+    files = {
+        str(path.relative_to(part)): path.stat().st_size for path in sorted(part.rglob("*.pt"))
+    }
     replace_file(json.dumps({**progress, "files": files}), part / "progress.json")
     replace_folder(part, target)
     for old in checkpoints(target.parent)[:-limit] if limit > 0 else []:
@@ -690,8 +802,11 @@ def load_checkpoint(engine, folders: list[Path], run_id: str, seed: int) -> dict
     progress = llava.read_json(folder / "progress.json")
     del progress["files"]
     foreign = progress["run"] != run_id
-    agree([f"--resume_from_checkpoint {folder}: another run's; it takes only its own"]
-          if foreign else [])
+    agree(
+        [f"--resume_from_checkpoint {folder}: another run's; it takes only its own"]
+        if foreign
+        else []
+    )
     engine.load(folder, progress["world"])
     if progress["world"] == engine.world:
         rng = torch.load(folder / f"rng-{engine.rank}.pt", map_location="cpu", weights_only=True)
@@ -699,8 +814,10 @@ def load_checkpoint(engine, folders: list[Path], run_id: str, seed: int) -> dict
         if rng["cuda"] is not None and torch.cuda.is_available():
             torch.cuda.set_rng_state(rng["cuda"])
     else:
-        print(f"written by {progress['world']} processes, and these are {engine.world}: dropout is "
-              "drawn anew")
+        print(
+            f"written by {progress['world']} processes, and these are {engine.world}: dropout is "
+            "drawn anew"
+        )
         torch.manual_seed(seed + engine.rank + progress["step"])
         progress["world"] = engine.world
     print(f"resumed from {folder}")
@@ -735,8 +852,9 @@ def replace_file(content: str | Image.Image, path: Path):
 # --- what people see ---
 
 
-def describe(model, args, steps_per_epoch: int, total_steps: int, rows: int, world: int,
-             held: dict):
+def describe(
+    model, args, steps_per_epoch: int, total_steps: int, rows: int, world: int, held: dict
+):
     """Prints what trains, the batch arithmetic, and what memory of a process follows from both."""
     print(f"{'module':<24}{'parameters':>16}{'trainable':>16}  dtype")
     for name, part in model.named_children():
@@ -745,11 +863,15 @@ def describe(model, args, steps_per_epoch: int, total_steps: int, rows: int, wor
         dtype = str(next(part.parameters()).dtype).removeprefix("torch.")
         print(f"{name:<24}{count:>16,}{trainable:>16,}  {dtype}")
     micro, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
-    print(f"batch: {micro} rows x {accumulation} accumulated x {world} processes = "
-          f"{micro * accumulation * world} rows a step")
+    print(
+        f"batch: {micro} rows x {accumulation} accumulated x {world} processes = "
+        f"{micro * accumulation * world} rows a step"
+    )
     print(f"steps: {rows:,} rows, {steps_per_epoch:,} steps an epoch, {total_steps:,} in all")
-    print("memory: " + ", ".join(f"{what} {size / 2**20:,.1f} MiB" for what, size in held.items()),
-          flush=True)
+    print(
+        "memory: " + ", ".join(f"{what} {size / 2**20:,.1f} MiB" for what, size in held.items()),
+        flush=True,
+    )
 
 
 def bytes_held(model, args, world: int, stage: int) -> dict:
@@ -762,17 +884,29 @@ def bytes_held(model, args, world: int, stage: int) -> dict:
     training /= world if stage >= 2 else 1
     weights /= world if stage == 3 else 1
     masters = args.bf16 or stage > 0  # DeepSpeed has fp32 masters of fp32 weights too
-    return {"weights": weights, "masters": 4 * training * masters, "gradients": 4 * training,
-            "moments": 8 * training}
+    return {
+        "weights": weights,
+        "masters": 4 * training * masters,
+        "gradients": 4 * training,
+        "moments": 8 * training,
+    }
 
 
 def count_weights(model) -> list[tuple]:
     """(weights that multiply, those of them that train) of tower, projector, decoder and head."""
     counts = []
-    for part in (model.vision_tower, model.multi_modal_projector, model.language_model.base_model,
-                 model.language_model.get_output_embeddings()):
-        weights = [w for m in part.modules() for w in m.parameters(recurse=False)
-                   if lora.true_shape(w)[1:] and not isinstance(m, torch.nn.Embedding)]
+    for part in (
+        model.vision_tower,
+        model.multi_modal_projector,
+        model.language_model.base_model,
+        model.language_model.get_output_embeddings(),
+    ):
+        weights = [
+            w
+            for m in part.modules()
+            for w in m.parameters(recurse=False)
+            if lora.true_shape(w)[1:] and not isinstance(m, torch.nn.Embedding)
+        ]
         counts.append((lora.count(weights), lora.count(w for w in weights if w.requires_grad)))
     return counts
 
@@ -788,11 +922,14 @@ def count_flops(model, weights: list[tuple], batch: dict) -> int:
     patches = model.vision_tower.vision_model.embeddings.num_positions  # with CLIP's CLS
     supervised = (batch["labels"] >= 0).sum().item()
     parts = [  # tokens, operations of attention's two products (half of them if causal)
-        (pictures * patches,
-         4 * pictures * patches**2 * tower.hidden_size * tower.num_hidden_layers),
+        (
+            pictures * patches,
+            4 * pictures * patches**2 * tower.hidden_size * tower.num_hidden_layers,
+        ),
         (pictures * model.tokens_per_picture, 0),
         (rows * width, 2 * rows * width**2 * decoder.hidden_size * decoder.num_hidden_layers),
-        (supervised, 0)]
+        (supervised, 0),
+    ]
     total, gradient = 0, False
     for (count, training), (tokens, attention) in zip(weights, parts):
         passing = 2 * tokens * count
@@ -829,15 +966,21 @@ class Progress(tqdm):
     """One line that moves in a terminal, whole lines in a log file; either has 80 columns."""
 
     def __init__(self, total: int, done: int, rank: int):
-        super().__init__(total=total, initial=done, dynamic_ncols=True,
-                         disable=rank > 0 or not sys.stderr.isatty(),
-                         bar_format="{n_fmt}/{total_fmt} {remaining} {desc}")
+        super().__init__(
+            total=total,
+            initial=done,
+            dynamic_ncols=True,
+            disable=rank > 0 or not sys.stderr.isatty(),
+            bar_format="{n_fmt}/{total_fmt} {remaining} {desc}",
+        )
 
     def show(self, m: dict, log: bool):
         speed, peak = (f"{x:.{int(x < 10)}f}" for x in (m["tokens_per_s"] / 1000, m["peak_gib"]))
-        text = (f"loss {m['loss']:.3f} lr{m['lr']:.0e} {speed}k/s "
-                f"sup{m['supervised']:.0%} pad{m['padded']:.0%} wait{m['waiting']:.0%} "
-                f"mfu{m['mfu']:.0%} {peak}G")
+        text = (
+            f"loss {m['loss']:.3f} lr{m['lr']:.0e} {speed}k/s "
+            f"sup{m['supervised']:.0%} pad{m['padded']:.0%} wait{m['waiting']:.0%} "
+            f"mfu{m['mfu']:.0%} {peak}G"
+        )
         self.set_description_str(text, refresh=False)
         self.update()
         if log and self.disable:
@@ -846,15 +989,21 @@ class Progress(tqdm):
 
 def visible(text: str, lacks=lambda character: False) -> str:
     """A text with escapes for control characters and the like, and for what a font `lacks`."""
-    return "".join(c if c.isspace() or c.isprintable() and not lacks(c) else
-                   c.encode("unicode_escape").decode() for c in text)
+    return "".join(
+        c
+        if c.isspace() or c.isprintable() and not lacks(c)
+        else c.encode("unicode_escape").decode()
+        for c in text
+    )
 
 
 def headline(m: dict) -> str:
     """The figures of an evaluation in a line, but for those of single kinds of questions."""
-    shares = [f"{name.removeprefix('eval_').replace('_', ' ')} {value:.1%}"
-              for name, value in m.items()
-              if name not in ("step", "eval_loss") and "/" not in name]
+    shares = [
+        f"{name.removeprefix('eval_').replace('_', ' ')} {value:.1%}"
+        for name, value in m.items()
+        if name not in ("step", "eval_loss") and "/" not in name
+    ]
     return ", ".join([f"step {m['step']}: validation loss {m['eval_loss']:.4f}", *shares])
 
 
@@ -864,9 +1013,10 @@ def report(m: dict, answers: list[dict]):
     if kinds := [f"{name.split('/')[1]} {value:.1%}" for name, value in m.items() if "/" in name]:
         texts.append(", ".join(kinds))
     for a in answers[:: max(1, len(answers) // 4)][:4]:
-        question, expected, said = (textwrap.shorten(
-            visible(a[key].replace(data.IMAGE, "")), 80, placeholder="...")
-            for key in ("question", "answer", "prediction"))
+        question, expected, said = (
+            textwrap.shorten(visible(a[key].replace(data.IMAGE, "")), 80, placeholder="...")
+            for key in ("question", "answer", "prediction")
+        )
         texts.append(f"{question} > {said}" + ("" if a["right"] else f" (not {expected})"))
     for k, text in enumerate(texts):
         tqdm.write(textwrap.fill(text, 80, initial_indent="  " * (k > 0), subsequent_indent="    "))
@@ -874,12 +1024,16 @@ def report(m: dict, answers: list[dict]):
 
 # samples.png and curves.png: right and wrong, and the lines, differ in more than colour.
 INK, GREY, MAT, GOOD, BAD, BLUE = "#1a1a1a", "#606060", "#c4c8cc", "#00795c", "#c44601", "#0b62a4"
-LOSSES = {"loss": ("training", BLUE, 0),  # a line's name, its colour, the corners of its marks
-          "eval_loss": ("validation", BAD, 24)}
-ACCURACIES = {"token_accuracy": ("training tokens", BLUE, 0),
-              "eval_token_accuracy": ("validation tokens", BAD, 24),
-              "eval_exact_match": ("exact match", GOOD, 4),
-              "eval_vqa_accuracy": ("VQA", INK, 3)}
+LOSSES = {
+    "loss": ("training", BLUE, 0),  # a line's name, its colour, the corners of its marks
+    "eval_loss": ("validation", BAD, 24),
+}
+ACCURACIES = {
+    "token_accuracy": ("training tokens", BLUE, 0),
+    "eval_token_accuracy": ("validation tokens", BAD, 24),
+    "eval_exact_match": ("exact match", GOOD, 4),
+    "eval_vqa_accuracy": ("VQA", INK, 3),
+}
 LADDER = [k * 10.0**e for e in range(-3, 9) for k in (1, 2, 5)]  # where ticks may stand
 
 
@@ -893,7 +1047,7 @@ def wrap(text: str, font, width: int, most: int) -> list[str]:
                 lines[-1] = longer
             else:
                 lines.append(piece)
-    return lines if len(lines) <= most else [*lines[:most - 1], lines[most - 1][:-3] + "..."]
+    return lines if len(lines) <= most else [*lines[: most - 1], lines[most - 1][:-3] + "..."]
 
 
 def draw_samples(answers: list[dict], rows: data.LlavaDataset, title: str) -> Image.Image:
@@ -902,8 +1056,9 @@ def draw_samples(answers: list[dict], rows: data.LlavaDataset, title: str) -> Im
     sheet, y = Image.new("RGB", (1632, 3200), "white"), 96
     ImageDraw.Draw(sheet).text((48, 24), title, INK, ImageFont.load_default(26))
     for k in range(0, len(shown), 3):
-        y = 48 + max(draw_card(sheet, 48 + 528 * i, y, a, rows)
-                     for i, a in enumerate(shown[k:k + 3]))
+        y = 48 + max(
+            draw_card(sheet, 48 + 528 * i, y, a, rows) for i, a in enumerate(shown[k : k + 3])
+        )
     return sheet.crop((0, 0, sheet.width, y))
 
 
@@ -923,10 +1078,11 @@ def draw_card(sheet, x: int, y: int, a: dict, rows: data.LlavaDataset) -> int:
         pen.text((x + 240, y + 160), "no picture", INK, font, "mm")
     y += 328
     right = a.get("vqa_accuracy", a["right"]) > 0
-    for text, colour in ((a["question"].replace(data.IMAGE, " "), INK),
-                         (f"expected: {a['answer']}", GREY),
-                         (f"{'right' if right else 'wrong'}: {a['prediction']}",
-                          GOOD if right else BAD)):
+    for text, colour in (
+        (a["question"].replace(data.IMAGE, " "), INK),
+        (f"expected: {a['answer']}", GREY),
+        (f"{'right' if right else 'wrong'}: {a['prediction']}", GOOD if right else BAD),
+    ):
         lines = wrap(text, font, 480, 3)
         pen.multiline_text((x, y), "\n".join(lines), colour, font, spacing=8)
         y += 34 * len(lines)
@@ -973,7 +1129,7 @@ def draw_panel(sheet, left: int, title: str, metrics: list[dict], lines: dict, t
     for key, (name, colour, corners) in lines.items():
         if found := [(m["step"], m[key]) for m in metrics if key in m]:
             share = 1 if corners else len(found) // 120 + 1  # training's are many, and noisy: means
-            groups = [np.mean(found[k:k + share], axis=0) for k in range(0, len(found), share)]
+            groups = [np.mean(found[k : k + share], axis=0) for k in range(0, len(found), share)]
             for points in [at(*group) for group in groups], [(x + 6, 78), (x + 26, 78)]:
                 pen.line(points, colour, 3)
                 for point in points if corners else ():
@@ -988,25 +1144,38 @@ def open_reporter(args, run_id: str, step: int, out: Path):
     """
     if args.report_to == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter
+
         writer = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1)
 
         def tell(m, answers, sheet):
             for name, value in m.items():
                 writer.add_scalar(name, value, m["step"])
             if sheet:
-                writer.add_text("answers", "\n\n".join(
-                    f"{a['question']} > {a['prediction']} ({a['answer']})" for a in answers),
-                    m["step"])
+                writer.add_text(
+                    "answers",
+                    "\n\n".join(
+                        f"{a['question']} > {a['prediction']} ({a['answer']})" for a in answers
+                    ),
+                    m["step"],
+                )
                 writer.add_image("samples", np.asarray(sheet), m["step"], dataformats="HWC")
             writer.flush()
     elif args.report_to == "wandb":
         import wandb
+
         try:
-            run = wandb.init(project="llava", name=out.name, dir=out, id=run_id, resume="allow",
-                             config=vars(args))
+            run = wandb.init(
+                project="llava",
+                name=out.name,
+                dir=out,
+                id=run_id,
+                resume="allow",
+                config=vars(args),
+            )
         except wandb.Error as error:
-            raise ValueError(f"--report_to wandb: {llava.one_line(error)} (WANDB_MODE=offline "
-                             "needs no account)") from None
+            raise ValueError(
+                f"--report_to wandb: {llava.one_line(error)} (WANDB_MODE=offline needs no account)"
+            ) from None
         columns = ["id", "question", "answer", "prediction", "right"]
 
         def tell(m, answers, sheet):
@@ -1015,8 +1184,10 @@ def open_reporter(args, run_id: str, step: int, out: Path):
                 m = {**m, "answers": wandb.Table(columns, rows), "samples": wandb.Image(sheet)}
             run.log(m, step=m["step"])
     else:
+
         def tell(*_):
             pass
+
     return tell
 
 
@@ -1068,8 +1239,10 @@ def summarize(args, progress: dict, total_steps: int, source: Path):
     best = min(losses, key=losses.get, default=step)
     if losses:
         (first, *_, last), lowest = losses.values(), losses[best]
-        print(f"best at step {best}: validation loss {lowest:.4f}, {first - lowest:.4f} below the "
-              f"first and {last - lowest:.4f} below the last:\n  {out}/best")
+        print(
+            f"best at step {best}: validation loss {lowest:.4f}, {first - lowest:.4f} below the "
+            f"first and {last - lowest:.4f} below the last:\n  {out}/best"
+        )
     folder = f"{out}/{'best' if best < step else 'final'}"
     folder = f"{source} --adapter {folder}" if args.train_type == "use_lora" else folder
     print(f"  python model.py chat --model_name_or_path {folder} --image FILE")
@@ -1085,16 +1258,23 @@ class FirstWindow:
 
     def __init__(self, model):
         self.finite = {name: None for name, p in model.named_parameters() if p.requires_grad}
-        self.hooks = [model.get_parameter(name).register_hook(functools.partial(self._note, name))
-                      for name in self.finite]
+        self.hooks = [
+            model.get_parameter(name).register_hook(functools.partial(self._note, name))
+            for name in self.finite
+        ]
 
     def _note(self, name: str, gradient):
         self.finite[name] = self.finite[name] is not False and bool(gradient.isfinite().all())
 
     def check(self):
-        agree([f"{name} should train, but its gradient is "
-               f"{'missing' if finite is None else 'not finite'}"
-               for name, finite in self.finite.items() if not finite])
+        agree(
+            [
+                f"{name} should train, but its gradient is "
+                f"{'missing' if finite is None else 'not finite'}"
+                for name, finite in self.finite.items()
+                if not finite
+            ]
+        )
         for hook in self.hooks:
             hook.remove()
 
@@ -1115,38 +1295,50 @@ class Trial:
         seconds = sum(self.seconds[1:]) / self.size[1:].sum() * self.total  # the first one warms up
         training = (held["gradients"] + held["moments"]) / 2**30
         peak = peak_gib(self.device)
-        return (f"dry run: peak {peak:.2f} GiB, of it {self.before:.2f} before the first step, "
-                f"{training:.2f} gradients and moments, {peak - self.before - training:.2f} "
-                f"activations and logits; {self.total_steps:,} steps take "
-                f"{datetime.timedelta(seconds=math.ceil(seconds))}, evaluations not counted")
+        return (
+            f"dry run: peak {peak:.2f} GiB, of it {self.before:.2f} before the first step, "
+            f"{training:.2f} gradients and moments, {peak - self.before - training:.2f} "
+            f"activations and logits; {self.total_steps:,} steps take "
+            f"{datetime.timedelta(seconds=math.ceil(seconds))}, evaluations not counted"
+        )
 
 
 def to_device(batch: dict, device) -> tuple:
-    return tuple(batch[key].to(device, non_blocking=True)
-                 for key in ("input_ids", "pixel_values", "labels"))
+    return tuple(
+        batch[key].to(device, non_blocking=True) for key in ("input_ids", "pixel_values", "labels")
+    )
 
 
 def loader(dataset, batches: list, collate, args, device) -> DataLoader:
     """Batches, prepared by worker processes; forked ones share the rows with this one."""
     workers = args.dataloader_num_workers
-    return DataLoader(dataset, batch_sampler=batches, collate_fn=collate, num_workers=workers,
-                      multiprocessing_context="fork" if workers else None,
-                      generator=torch.Generator(),  # the default would draw from dropout's
-                      pin_memory=device == "cuda")
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,
+        collate_fn=collate,
+        num_workers=workers,
+        multiprocessing_context="fork" if workers else None,
+        generator=torch.Generator(),  # the default would draw from dropout's
+        pin_memory=device == "cuda",
+    )
 
 
 def numbers_of(window: list[dict]) -> tuple:
     """Supervised tokens, tokens, the same with padding, rows, rows cut short."""
-    return (sum((batch["labels"] >= 0).sum().item() for batch in window),
-            sum(sum(batch["lengths"]) for batch in window),
-            sum(batch["labels"].numel() for batch in window),
-            sum(row >= 0 for batch in window for row in batch["rows"]),
-            sum(batch["cut"] for batch in window))
+    return (
+        sum((batch["labels"] >= 0).sum().item() for batch in window),
+        sum(sum(batch["lengths"]) for batch in window),
+        sum(batch["labels"].numel() for batch in window),
+        sum(row >= 0 for batch in window for row in batch["rows"]),
+        sum(batch["cut"] for batch in window),
+    )
 
 
 def unusable(fault: str) -> str:
-    return (f"{fault} (`python data.py check` lists all such rows, --on_bad_record skip goes on "
-            "without them)")
+    return (
+        f"{fault} (`python data.py check` lists all such rows, --on_bad_record skip goes on "
+        "without them)"
+    )
 
 
 def handle_faults(faults: list[str], everywhere: int, args):
@@ -1167,8 +1359,10 @@ def check_finite(what: str, value: float, progress: dict, window: list[dict], ro
     """Stops the run, before anything is saved, and names the records of the window."""
     if not math.isfinite(value):
         mine = [rows.where(i) for batch in window for i in batch["rows"] if i >= 0]
-        raise Agreed(f"step {progress['step'] + 1}: the {what} is {value}; its records: "
-                     f"{'; '.join(gather(mine))}. The last checkpoint stays")
+        raise Agreed(
+            f"step {progress['step'] + 1}: the {what} is {value}; its records: "
+            f"{'; '.join(gather(mine))}. The last checkpoint stays"
+        )
 
 
 def training_mode(model):
@@ -1182,9 +1376,19 @@ def open_rows(args, source: Path):
     text = data.ChatText(llava.open_tokenizer(source, args.adapter), args.version)
     sets = []
     for path in (args.data_path, args.validation_data_path):
-        sets.append(path and data.open_dataset(
-            path, args.image_folder, source, args.version, args.image_aspect_ratio,
-            args.model_max_length, "skip", text))
+        sets.append(
+            path
+            and data.open_dataset(
+                path,
+                args.image_folder,
+                source,
+                args.version,
+                args.image_aspect_ratio,
+                args.model_max_length,
+                "skip",
+                text,
+            )
+        )
         if path and args.on_bad_record == "stop" and (fault := sets[-1][0]["fault"]):
             raise ValueError(unusable(fault))  # a look at one row, before any is written
     return text, *sets
@@ -1231,8 +1435,14 @@ def train(args, config: dict | None, signals: list) -> int:
 
     # The arithmetic of batches and steps.
     rows, accumulation = train_set.records, args.gradient_accumulation_steps
-    steps_of = functools.partial(data.plan_epoch, rows.lengths, rows.has_picture, rows_a_step(args),
-                                 args.seed, by_modality=args.group_by_modality_length)
+    steps_of = functools.partial(
+        data.plan_epoch,
+        rows.lengths,
+        rows.has_picture,
+        rows_a_step(args),
+        args.seed,
+        by_modality=args.group_by_modality_length,
+    )
     steps_per_epoch = len(steps_of(0))
     total_steps = math.ceil(steps_per_epoch * args.num_train_epochs)
     total_steps = args.max_steps if args.max_steps > 0 else total_steps
@@ -1246,8 +1456,14 @@ def train(args, config: dict | None, signals: list) -> int:
         total_steps = steps_per_epoch = len(trial.plan)
 
     # The run begins, or is resumed.
-    progress = {"run": run_id, "world": engine.world, "step": 0, "skipped": 0, "cut": 0,
-                "evaluations": []}  # step and loss of each
+    progress = {
+        "run": run_id,
+        "world": engine.world,
+        "step": 0,
+        "skipped": 0,
+        "cut": 0,
+        "evaluations": [],
+    }  # step and loss of each
     if found:
         progress = load_checkpoint(engine, found, run_id, args.seed)
     attempt, log, stop_file = Attempts(), lambda *_: None, out / "stop"
@@ -1266,14 +1482,16 @@ def train(args, config: dict | None, signals: list) -> int:
         epoch, start = divmod(step, steps_per_epoch)
         while True:
             micro = data.micro_batches(
-                steps_of(epoch), accumulation, engine.world, engine.rank, start)
+                steps_of(epoch), accumulation, engine.world, engine.rank, start
+            )
             batches = iter(loader(train_set, micro, collate, args, device))
             yield from zip(*[batches] * accumulation)  # as many at a time
             epoch, start = epoch + 1, 0
 
     def validate():
         metrics, answers = evaluate(
-            model, eval_set, engine, collate, args, device, progress["step"])
+            model, eval_set, engine, collate, args, device, progress["step"]
+        )
         report(metrics, answers)
         log(metrics, answers, eval_set)
         progress["evaluations"].append([progress["step"], metrics["eval_loss"]])
@@ -1301,8 +1519,11 @@ def train(args, config: dict | None, signals: list) -> int:
         waited = time.perf_counter() - began
         faults = [fault for batch in window for fault in batch["faults"]]
         supervised, tokens, padded, count, cut, skipped, stopping, failed = engine.all_reduce(
-            *numbers_of(window), len(faults), bool(signals) or stop_file.exists(),
-            len(attempt.faults))
+            *numbers_of(window),
+            len(faults),
+            bool(signals) or stop_file.exists(),
+            len(attempt.faults),
+        )
         if failed:
             agree(attempt.faults)
         handle_faults(faults, skipped, args)
@@ -1327,14 +1548,20 @@ def train(args, config: dict | None, signals: list) -> int:
 
         step, seconds = progress["step"], time.perf_counter() - began
         metrics = {
-            "step": step, "epoch": step / steps_per_epoch, "loss": loss, "token_accuracy": right,
+            "step": step,
+            "epoch": step / steps_per_epoch,
+            "loss": loss,
+            "token_accuracy": right,
             "lr": max(group["lr"] for group in engine.optimizer.param_groups),
             "grad_norm": grad_norm,
-            "tokens_per_s": tokens / seconds, "samples_per_s": count / seconds,
-            "supervised": supervised / tokens, "padded": 1 - tokens / padded,
+            "tokens_per_s": tokens / seconds,
+            "samples_per_s": count / seconds,
+            "supervised": supervised / tokens,
+            "padded": 1 - tokens / padded,
             "waiting": waited / seconds,
             "mfu": sum(count_flops(model, weights, batch) for batch in window) / seconds / rate,
-            "peak_gib": peak_gib(device)}
+            "peak_gib": peak_gib(device),
+        }
         to_log = step % args.logging_steps == 0 or step == total_steps
         bar.show(metrics, to_log)
         if to_log:
@@ -1346,12 +1573,20 @@ def train(args, config: dict | None, signals: list) -> int:
         if step in (steps_per_epoch, total_steps) and progress["skipped"] + progress["cut"]:
             tqdm.write(f"{progress['skipped']} rows were skipped, {progress['cut']} cut short")
         if not trial and (stopping or args.save_steps > 0 and step % args.save_steps == 0):
-            save_checkpoint(engine, out, progress, args.save_total_limit, attempt,
-                            write if args.train_type == "use_lora" else None)
+            save_checkpoint(
+                engine,
+                out,
+                progress,
+                args.save_total_limit,
+                attempt,
+                write if args.train_type == "use_lora" else None,
+            )
     bar.close()
     if not over():
-        print(f"stopped after step {progress['step']} of {total_steps}: resume with "
-              "--resume_from_checkpoint latest")
+        print(
+            f"stopped after step {progress['step']} of {total_steps}: resume with "
+            "--resume_from_checkpoint latest"
+        )
         return 3
     if trial:
         print(trial.report(held))
@@ -1362,21 +1597,6 @@ def train(args, config: dict | None, signals: list) -> int:
 
 
 # --- commands ---
-
-
-def number(kind, low, high=math.inf):
-    """An argument type: a number from `low` to `high`."""
-    def parse(text):
-        if not low <= kind(text) <= high:  # nan is not
-            raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
-        return kind(text)
-    return parse
-
-
-def boolean(text: str) -> bool:
-    if text.lower() not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
-    return text.lower() == "true"
 
 
 # Flags of LLaVA's own scripts: the value that holds here anyway, and what to use for another.
@@ -1396,8 +1616,8 @@ LLAVA_FLAGS = {
 
 
 def parse(argv) -> argparse.Namespace:
-    parser = data.Parser(description=__doc__.splitlines()[0])
-    add, flag = parser.add_argument, {"type": boolean, "nargs": "?", "const": True}
+    parser = Parser(description=__doc__.splitlines()[0])
+    add, flag = parser.add_argument, BOOLEAN
     count, rate, share = number(int, 1), number(float, 0, 1e3), number(float, 0, 1)
     # model and data
     add("--model_name_or_path", required=True, help="a LLaVA folder, or a hub id")
@@ -1434,28 +1654,47 @@ def parse(argv) -> argparse.Namespace:
     add("--gradient_checkpointing", **flag, help="less memory, more time; default: not in stage 1")
     add("--group_by_modality_length", **flag, default=False, help="like rows share a step")
     add("--seed", type=int, default=42, help="of order and dropout")
-    add("--dataloader_num_workers", type=number(int, 0), help="processes that prepare batches",
-        default=min(4, len(os.sched_getaffinity(0))))
+    add(
+        "--dataloader_num_workers",
+        type=number(int, 0),
+        help="processes that prepare batches",
+        default=min(4, len(os.sched_getaffinity(0))),
+    )
     # evaluation, saving, logging
     add("--eval_only", **flag, default=False, help="evaluate, and train nothing")
     add("--dry_run", **flag, default=False, help="measure memory and time, and write nothing")
     add("--per_device_eval_batch_size", type=count, default=16, help="rows of a batch")
     add("--eval_steps", type=int, default=-1, help="steps between evaluations; -1: every epoch")
-    add("--eval_samples", type=number(int, -1), default=32,
-        help="rows whose questions are asked; -1: all")
-    add("--early_stopping_patience", type=count,
-        help="evaluations without a better loss before it stops; default: it never does")
+    add(
+        "--eval_samples",
+        type=number(int, -1),
+        default=32,
+        help="rows whose questions are asked; -1: all",
+    )
+    add(
+        "--early_stopping_patience",
+        type=count,
+        help="evaluations without a better loss before it stops; default: it never does",
+    )
     add("--max_new_tokens", type=count, default=64, help="tokens of an answer")
     add("--save_steps", type=int, default=500, help="steps between checkpoints; -1: none")
     add("--save_total_limit", type=int, default=2, help="checkpoints kept; -1: all")
     add("--resume_from_checkpoint", nargs="?", const="latest", help="a checkpoint, or latest")
     add("--logging_steps", type=count, default=1, help="steps between lines of metrics.jsonl")
-    add("--report_to", choices=["none", "tensorboard", "wandb"], default="none",
-        help="figures, answers and the sheet also go there; WANDB_MODE=offline needs no account")
+    add(
+        "--report_to",
+        choices=["none", "tensorboard", "wandb"],
+        default="none",
+        help="figures, answers and the sheet also go there; WANDB_MODE=offline needs no account",
+    )
     # many processes
     add("--deepspeed", help="ds_zero2.json or ds_zero3.json")
-    add("--offload", choices=list(OFFLOADED), default="none",
-        help="to the host's memory: the optimizer, or (with ds_zero3.json) the weights too")
+    add(
+        "--offload",
+        choices=list(OFFLOADED),
+        default="none",
+        help="to the host's memory: the optimizer, or (with ds_zero3.json) the weights too",
+    )
     add("--local_rank", type=int, default=-1, help="set by the deepspeed launcher")
     for name, (same, _) in LLAVA_FLAGS.items():
         add(name, nargs="?", const="True", default=same, help=argparse.SUPPRESS)
@@ -1469,10 +1708,14 @@ def parse(argv) -> argparse.Namespace:
     _, published, micro, version = TRAIN_TYPES[args.train_type or "freeze_vision"]
     given = args.learning_rate if args.learning_rate is not None else published
     defaults = {
-        "version": version, "learning_rate": published, "per_device_train_batch_size": micro,
+        "version": version,
+        "learning_rate": published,
+        "per_device_train_batch_size": micro,
         "mm_projector_lr": LORA_PROJECTOR_LR if args.train_type == "use_lora" else given,
-        "mm_vision_tower_lr": given, "gradient_checkpointing": args.train_type != "projector",
-        **({} if args.adapter else NEW_ADAPTER)}
+        "mm_vision_tower_lr": given,
+        "gradient_checkpointing": args.train_type != "projector",
+        **({} if args.adapter else NEW_ADAPTER),
+    }
     for name, default in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, default)
@@ -1487,29 +1730,46 @@ def is_installed(package: str) -> bool:
 
 def contradictions(args) -> list[tuple]:
     """(whether it is so, what to say of it) of flags that are missing or do not go together."""
-    needed = (["validation_data_path"] if args.eval_only else
-              ["data_path", "output_dir", "train_type"])
+    needed = (
+        ["validation_data_path"] if args.eval_only else ["data_path", "output_dir", "train_type"]
+    )
     reports, whole = args.report_to != "none", args.train_type not in (None, "use_lora")
     return [
         *((not getattr(args, name), f"--{name} is needed") for name in needed),
         *((value == "", f"--{name} is empty: leave it out") for name, value in vars(args).items()),
-        *((getattr(args, name) is not None and (args.adapter or args.train_type != "use_lora"),
-           f"--{name} is for a new adapter (--train_type use_lora without --adapter): leave it out")
-          for name in NEW_ADAPTER),
-        (whole and (args.bits == 4 or args.adapter),
-         f"--train_type {args.train_type} trains the base: --bits 4 and --adapter are for "
-         "use_lora"),
-        (reports and not is_installed(args.report_to),
-         f"--report_to {args.report_to}: not installed, `pip install {args.report_to}`"),
+        *(
+            (
+                getattr(args, name) is not None and (args.adapter or args.train_type != "use_lora"),
+                f"--{name} is for a new adapter (--train_type use_lora without --adapter): leave it out",
+            )
+            for name in NEW_ADAPTER
+        ),
+        (
+            whole and (args.bits == 4 or args.adapter),
+            f"--train_type {args.train_type} trains the base: --bits 4 and --adapter are for "
+            "use_lora",
+        ),
+        (
+            reports and not is_installed(args.report_to),
+            f"--report_to {args.report_to}: not installed, `pip install {args.report_to}`",
+        ),
         (reports and not args.output_dir, "--report_to needs --output_dir"),
-        (args.early_stopping_patience and not args.validation_data_path,
-         "--early_stopping_patience needs --validation_data_path"),
-        (args.offload != "none" and not args.deepspeed,
-         f"--offload {args.offload} needs --deepspeed ds_zero2.json, or ds_zero3.json"),
-        (args.eval_only and (args.dry_run or args.resume_from_checkpoint),
-         "--eval_only trains nothing: leave --dry_run and --resume_from_checkpoint out"),
-        (args.eval_only and args.deepspeed,
-         "--eval_only is for one process: leave --deepspeed out"),
+        (
+            args.early_stopping_patience and not args.validation_data_path,
+            "--early_stopping_patience needs --validation_data_path",
+        ),
+        (
+            args.offload != "none" and not args.deepspeed,
+            f"--offload {args.offload} needs --deepspeed ds_zero2.json, or ds_zero3.json",
+        ),
+        (
+            args.eval_only and (args.dry_run or args.resume_from_checkpoint),
+            "--eval_only trains nothing: leave --dry_run and --resume_from_checkpoint out",
+        ),
+        (
+            args.eval_only and args.deepspeed,
+            "--eval_only is for one process: leave --deepspeed out",
+        ),
     ]
 
 
@@ -1520,8 +1780,10 @@ def less_memory(args) -> str:
         return f"try --per_device_eval_batch_size {max(1, args.per_device_eval_batch_size // 2)}"
     if rows > 1:
         fewer = rows // 2 if rows % 2 == 0 else 1
-        return (f"try --per_device_train_batch_size {fewer} --gradient_accumulation_steps "
-                f"{accumulation * rows // fewer}: the same steps in smaller pieces")
+        return (
+            f"try --per_device_train_batch_size {fewer} --gradient_accumulation_steps "
+            f"{accumulation * rows // fewer}: the same steps in smaller pieces"
+        )
     if not args.gradient_checkpointing:
         return "try --gradient_checkpointing: less memory, a third more time"
     if args.train_type == "use_lora" and args.bits == 16:
@@ -1545,8 +1807,13 @@ def keep_memory():
 
 def start_processes(args):
     """Sets up this process, and joins the launcher's others; without a launcher it is alone."""
-    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
-             "MASTER_PORT": "29500"}
+    alone = {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "29500",
+    }
     for name, value in alone.items():
         os.environ.setdefault(name, value)
     keep_memory()
@@ -1555,6 +1822,7 @@ def start_processes(args):
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if args.deepspeed:
         import deepspeed
+
         # gloo will do: compiling this, a run that is killed leaves a lock, and all later ones wait.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed()

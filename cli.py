@@ -1,0 +1,122 @@
+"""What all commands share: flags, one-line errors with status 2, results that are whole or absent.
+
+@command
+def main(argv=None):
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", type=number(int, 1), default=8, help="rows of a batch")
+    parser.add_argument("--full", **BOOLEAN, default=False, help="read everything")
+    args = parser.parse_args(argv)
+    with written(args.out) as part:
+        part.write_text("...")
+"""
+
+import argparse
+import contextlib
+import functools
+import math
+import os
+import shutil
+import sys
+from pathlib import Path
+
+from safetensors import SafetensorError
+from transformers.utils import logging
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the default of each flag that has one."""
+
+    def _get_help_string(self, action):
+        if action.default is None or action.default is False:
+            return action.help
+        return super()._get_help_string(action)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but an error is one line, and a flag is never abbreviated."""
+
+    def __init__(self, **options):
+        super().__init__(allow_abbrev=False, formatter_class=HelpFormatter, **options)
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def boolean(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
+    return text.lower() == "true"
+
+
+BOOLEAN = {"type": boolean, "nargs": "?", "const": True}  # --flag, --flag True, --flag False
+
+
+def number(kind: type, low, high=math.inf):
+    """An argument type: a number of `kind`, int or float, from `low` to `high`."""
+
+    def parse(text: str):
+        value = kind(text)
+        if not low <= value <= high:  # nor nan
+            raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
+        return value
+
+    return parse
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def command(main):
+    """Makes `main(argv)` return a status: what it returns, 0 for None, 2 for a user's mistake.
+
+    A mistake is a ValueError or what the system says of a file; its text is shown as one line.
+    """
+    name = Path(main.__code__.co_filename).name
+
+    @functools.wraps(main)
+    def run(argv=None) -> int:
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # it warns where we fork workers
+        try:
+            return main(argv) or 0
+        except (ValueError, OSError, SafetensorError) as error:
+            print(f"{name}: {one_line(error)}", file=sys.stderr)
+            return 2
+
+    return run
+
+
+def check_new(out: str | Path) -> Path:
+    """The path of a result, where nothing may be yet; ValueError if there is."""
+    if os.path.lexists(out):
+        raise ValueError(f"{out}: exists already; name a new folder")
+    return Path(out)
+
+
+@contextlib.contextmanager
+def written(path: str | Path):
+    """A path beside `path` to write a file or a folder to: renamed to `path` at the end.
+
+    So `path` is whole or, after an error, as it was. An older file or folder there is replaced.
+    """
+    path = Path(path)
+    part, old = path.with_name(f"{path.name}.part"), path.with_name(f"{path.name}.old")
+    remove(part)  # of a process that died
+    try:
+        yield part
+        if path.is_dir():  # a rename does not replace a folder
+            remove(old)
+            path.rename(old)
+        part.replace(path)
+        remove(old)
+    finally:
+        remove(part)
+
+
+def remove(path: Path):
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,176 @@
+"""The benchmark takes the same steps on both sides."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import LORA, in_this_process, metrics_of, run
+from transformers import LlavaForConditionalGeneration
+
+import bench
+import data
+import lora
+import model as llava
+import train
+
+
+def test_flops_are_those_of_the_closed_form(world):
+    model = llava.from_pretrained(world / "llava")
+    batch = {
+        "input_ids": torch.zeros(2, 30),
+        "pixel_values": torch.zeros(3, 3, 28, 28),
+        "labels": torch.where(torch.arange(30) < 20, -100, 1).expand(2, 30),
+    }
+    D, F, V, L, T, N, P = 32, 48, model.config.text_config.vocab_size, 2, 60, 3, 5
+    decoder = (
+        2 * T * L * (2 * D * D + 2 * D * D // 2 + 3 * D * F)
+    )  # two of four heads are key-value heads
+    tower = 2 * N * P * (2 * (4 * D * D + 2 * D * F) + 3 * 14 * 14 * D)
+    attention = 4 * N * P * P * D * 2, 2 * 2 * 30 * 30 * D * L
+    projector, head = 2 * N * 4 * 2 * D * D, 2 * 20 * D * V
+    for p in model.parameters():
+        p.requires_grad_(False)
+    forward = tower + projector + decoder + head + sum(attention)
+    assert train.count_flops(model, train.count_weights(model), batch) == forward
+    model.multi_modal_projector.requires_grad_(True)
+    assert (
+        train.count_flops(model, train.count_weights(model), batch)
+        == forward + 2 * projector + decoder + head + 2 * attention[1]
+    )
+
+
+@pytest.mark.parametrize("bits", [16, 4])
+def test_a_trained_adapter_is_the_same_model_in_peft_and_merged(world, tmp_path, bits):
+    """Users' troubles 7, 9, 12: what `evaluate` saw is what PEFT and transformers run."""
+    from peft import PeftModel
+
+    status, output, error = run(
+        world,
+        tmp_path / "a",
+        **LORA
+        | dict(
+            bits=bits, save_steps=2, validation_data_path=world / "rows.json", save_total_limit=-1
+        ),
+    )
+    assert status == 0 and "2 x language_model.model.layers.*.self_attn.q_proj" in output, error
+    adapter = tmp_path / "a" / "final"
+    assert (tmp_path / "a" / "checkpoint-2" / "adapter_model.safetensors").is_file()
+    (adapter / "chat_template.jinja").write_text(llava.CHATML + "{# trained #}")
+    merge = [
+        "merge",
+        "--model_name_or_path",
+        str(world / "llava"),
+        "--adapter",
+        str(adapter),
+        "--out",
+        str(tmp_path / "m"),
+    ]
+    assert lora.main(merge + ["--dequantize"] * (bits == 4)) == 0
+    assert (tmp_path / "m" / "chat_template.jinja").read_text().endswith("{# trained #}")
+    rows = data.open_dataset(world / "rows.json", world / "images", world / "llava")
+    merged = LlavaForConditionalGeneration.from_pretrained(
+        tmp_path / "m", dtype=torch.float32
+    ).eval()
+    b = data.Collator(merged.config.image_token_id, 4)([rows[i] for i in range(12)])
+    ours = llava.open_model(world / "llava", adapter, bits, torch.float32, "cpu").eval()
+    with torch.no_grad():
+        loss = ours(b["input_ids"], b["pixel_values"], b["labels"])[0] / (b["labels"] >= 0).sum()
+        inputs = {key: b[key] for key in ("input_ids", "pixel_values", "labels")}
+        logits = merged(**inputs).logits
+        assert merged(**inputs).loss.item() == pytest.approx(loss.item(), abs=1e-5)
+        if bits == 16:
+            base = LlavaForConditionalGeneration.from_pretrained(
+                world / "llava", dtype=torch.float32
+            )
+            theirs = PeftModel.from_pretrained(base, adapter).eval()(**inputs).logits
+            assert (theirs - logits).abs().max() < 1e-4 and theirs.abs().max() > 1
+    last = [m["eval_loss"] for m in metrics_of(tmp_path / "a") if "eval_loss" in m][-1]
+    status, output, _ = run(
+        world,
+        None,
+        train_type=None,
+        data_path=None,
+        eval_only=True,
+        bits=bits,
+        adapter=adapter,
+        validation_data_path=world / "rows.json",
+    )
+    assert f"loss {last:.4f}" in output
+
+
+@pytest.fixture(scope="session")
+def bench_work(tmp_path_factory):
+    """The tiny model, rows and an adapter without dropout, which draws differently on each side."""
+    work = tmp_path_factory.mktemp("bench")
+    model = bench.make_model("tiny", torch.float32, work)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(bench.LORA, "dropout", 0.0)
+        bench.make_adapter(model, work / "adapter")
+    for mix in ("caption", "instruction"):
+        bench.make_rows(mix, 6, work)
+    return work
+
+
+@pytest.mark.parametrize("case", bench.CASES)
+def test_both_sides_of_the_bench_take_the_same_steps(bench_work, case):
+    """The loss after equal steps is Trainer's and PEFT's, so their speed is compared at equal work."""
+    job = {
+        "case": case,
+        "mix": "instruction",
+        "micro_batch": 2,
+        "steps": 3,
+        "dtype": "fp32",
+        "workers": 0,
+        "work": str(bench_work),
+        "model": str(bench_work / "tiny"),
+    }
+    ours, peer = (in_this_process({**job, "side": side}) for side in ("ours", "peer"))
+    assert len(ours["losses"]) >= 3
+    if case == "generate":
+        assert ours["losses"] == peer["losses"]
+    else:
+        np.testing.assert_allclose(
+            ours["losses"], peer["losses"], rtol=2e-3 if case == "qlora" else 1e-4
+        )
+    assert len(ours["seconds"]) == len(peer["seconds"]) and ours["peak_gib"] > 0
+
+
+def test_the_bench_prints_a_table_and_adds_to_its_results(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "run", in_this_process)
+    argv = [
+        "--shape",
+        "tiny",
+        "--cases",
+        "projector",
+        "--mix",
+        "620",
+        "--steps",
+        "2",
+        "--micro_batch",
+        "1",
+    ]
+    argv += [
+        "--rounds",
+        "1",
+        "--product",
+        "64",
+        "--workers",
+        "0",
+        "--json",
+        str(tmp_path / "b.json"),
+    ]
+    for peers in (["peer", "checkpointing"], []):
+        capsys.readouterr()
+        assert bench.main([*argv, "--work", str(tmp_path), "--peers", *peers]) == 0
+    found = json.loads((tmp_path / "b.json").read_text())
+    lines = {line["side"]: line for line in found["table"]}
+    assert [line["runs"] for line in lines.values()] == [2, 1, 1]
+    ours, peer = lines["ours"], lines["peer"]
+    assert peer["speed_ratio"] == pytest.approx(ours["samples_per_s"] / peer["samples_per_s"])
+    assert ours["last"] == pytest.approx(peer["last"], rel=1e-4)
+    assert 560 < ours["tokens_per_s"] / ours["samples_per_s"] < 680
+    assert "checkpointing" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        bench.main(["--mix", "long"])
+    assert "--mix long" in capsys.readouterr().err
