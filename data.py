@@ -13,11 +13,9 @@ A record, in LLaVA's format, and what becomes of it:
 
 Labels are unshifted, as Hugging Face has them: the model compares position t with label t + 1.
 
-    python data.py toy   --out out/toy
     python data.py show  --model_name_or_path out/model --data_path out/toy/train.json \\
                          --image_folder out/toy/images
     python data.py check --data_path out/toy/train.json --image_folder out/toy/images
-    python data.py okvqa --questions F --annotations F --image_folder DIR --out DIR
 
 Sources: LLaVA's record format, templates and masks (github.com/haotian-liu/LLaVA,
 llava/conversation.py and llava/train/train.py), CLIP's preprocessing (github.com/openai/CLIP,
@@ -31,9 +29,7 @@ import gc
 import io
 import json
 import os
-import random
 import re
-import shutil
 import struct
 import sys
 import zipfile
@@ -42,7 +38,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer
 
@@ -308,7 +304,7 @@ class ChatText:
         if version not in VERSIONS:
             raise ValueError(f"--version {version}: known are {', '.join(VERSIONS)}")
         if IMAGE not in tokenizer.get_added_vocab():
-            raise ValueError(f"the tokenizer has no token {IMAGE}: `model.py build` adds it")
+            raise ValueError(f"the tokenizer has no token {IMAGE}: `build.py` adds it")
         self.tokenizer, self.version, self.chat_template = tokenizer, version, None
         self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE)
         first = tokenizer("a").input_ids[:1]  # only ids tell: `add_bos_token` misleads
@@ -691,7 +687,7 @@ def open_dataset(
     if config.model_type != "llava":
         raise ValueError(
             f"--model_name_or_path {model_folder}: not a LLaVA folder, but "
-            f"{config.model_type}: make one with `model.py build`"
+            f"{config.model_type}: make one with `build.py`"
         )
     vision = config.vision_config  # one token for each patch, and CLIP's CLS where it is kept
     tokens_per_picture = (vision.image_size // vision.patch_size) ** 2
@@ -786,215 +782,6 @@ def micro_batches(steps: np.ndarray, accumulation: int, world: int, rank: int, s
 
 
 # --- commands ---
-
-
-COLOURS = {
-    "red": (214, 40, 40),
-    "green": (50, 160, 60),
-    "blue": (40, 80, 210),
-    "yellow": (215, 180, 20),
-}
-SIZES = {"tiny": 14, "small": 21, "large": 30, "huge": 40}  # radius in pixels
-SHAPES = {  # corners, for a radius of 1
-    "circle": [],
-    "ring": [],
-    "triangle": [(0, -1), (0.95, 0.8), (-0.95, 0.8)],
-    "bar": [(-1, -0.4), (1, -0.4), (1, 0.4), (-1, 0.4)],
-}
-NUMBERS = ["one", "two", "three", "four"]
-POSITIONS = ["top left", "top right", "bottom left", "bottom right"]
-QUESTIONS = {
-    "colour": ["What colour are the shapes?", "Which colour do you see?"],
-    "shape": ["What shape is shown?", "Which shape do you see?"],
-    "size": ["What size are the shapes?", "How big are the shapes?"],
-    "position": ["Where are the shapes?", "In which corner are the shapes?"],
-    "number": ["How many shapes are there?", "Count the shapes."],
-}
-COMPARISONS = {
-    "colour": "In which picture are the shapes {}?",
-    "shape": "Which picture has a {}?",
-    "position": "In which picture are the shapes in the {}?",
-}
-
-
-class ToyWorld:
-    """Pictures of shapes, words about them and questions: what the built-in recipe trains on.
-
-    A scene is a few shapes, all alike, in one corner. Each answer to a question of one kind is as
-    likely as the others and says nothing about other kinds, so what a model gets right beyond a
-    guess, it has seen.
-    """
-
-    def __init__(self, folder: Path, seed: int):
-        self.folder, self.rng, self.count, self.deck = folder, random.Random(seed), 0, []
-
-    def scene(self) -> dict:
-        choices = {
-            "colour": list(COLOURS),
-            "shape": list(SHAPES),
-            "size": list(SIZES),
-            "position": POSITIONS,
-            "number": NUMBERS,
-        }
-        return {kind: self.rng.choice(answers) for kind, answers in choices.items()}
-
-    def words(self, scene: dict) -> str:
-        ending = "" if scene["number"] == "one" else "s"
-        return "{number} {size} {colour} {shape}{ending} in the {position}".format(
-            ending=ending, **scene
-        )
-
-    def shapes(self, scene: dict) -> list[tuple]:
-        """What to draw: (shape, colour, size, column, row of 4 x 4) each."""
-        corner, count = POSITIONS.index(scene["position"]), 1 + NUMBERS.index(scene["number"])
-        cells = [(x + 2 * (corner % 2), y + 2 * (corner // 2)) for y in (0, 1) for x in (0, 1)]
-        return [(scene["shape"], scene["colour"], scene["size"], *cell) for cell in cells[:count]]
-
-    def draw(self, shapes: list[tuple]) -> str:
-        """Writes a picture of shapes; its file name."""
-        image = Image.new("RGB", (336, 336), (self.rng.randint(225, 255),) * 3)
-        pen = ImageDraw.Draw(image)
-        for shape, colour, size, *cell in shapes:
-            radius = SIZES[size]
-            free = min(8, 42 - radius)
-            x, y = (84 * c + 42 + self.rng.uniform(-free, free) for c in cell)
-            box = (x - radius, y - radius, x + radius, y + radius)
-            if shape == "circle":
-                pen.ellipse(box, fill=COLOURS[colour])
-            elif shape == "ring":
-                pen.ellipse(box, outline=COLOURS[colour], width=round(0.45 * radius))
-            else:
-                corners = [(x + dx * radius, y + dy * radius) for dx, dy in SHAPES[shape]]
-                pen.polygon(corners, fill=COLOURS[colour])
-        self.count += 1
-        name = f"{self.count:06d}.png"
-        image.save(self.folder / "images" / name, compress_level=1)
-        return name
-
-    # Each of these gives (descriptions, shapes of each picture, [(kind, question, answer)]).
-
-    def one(self):
-        scene, kinds = self.scene(), self.rng.sample(list(QUESTIONS), len(QUESTIONS))
-        asked = [(kind, self.rng.choice(QUESTIONS[kind]), scene[kind]) for kind in kinds]
-        return [self.words(scene)], [self.shapes(scene)], asked
-
-    def two(self):
-        scenes, asked = (self.scene(), self.scene()), []
-        for kind in self.rng.sample(list(COMPARISONS), len(COMPARISONS)):
-            which = self.rng.randrange(2)
-            if scenes[0][kind] != scenes[1][kind]:
-                question = COMPARISONS[kind].format(scenes[which][kind])
-                asked.append(("comparison", question, ("first", "second")[which]))
-        if not asked:  # the two are alike
-            return self.two()
-        return [self.words(scene) for scene in scenes], list(map(self.shapes, scenes)), asked
-
-    def relation(self):
-        (a, b), (red, blue) = (self.rng.sample(list(x), 2) for x in (SHAPES, COLOURS))
-        where, line = self.rng.choice(["left", "right", "above", "below"]), self.rng.randrange(4)
-        cells = [(0, line), (3, line)] if where in ("left", "right") else [(line, 0), (line, 3)]
-        cells = cells if where in ("left", "above") else cells[::-1]
-        words = f"a {red} {a} and a {blue} {b}, the {a} {where}"
-        shapes = [(a, red, "large", *cells[0]), (b, blue, "large", *cells[1])]
-        return [words], [shapes], [("relation", f"Where is the {a}, seen from the {b}?", where)]
-
-    def row(self, asked: list[tuple], pictures: list, words: str = "") -> dict:
-        """A record: pictures, or words, then questions and answers."""
-        images = [self.draw(shapes) for shapes in pictures]
-        turns = [
-            {"from": who, "value": said}
-            for _, *turn in asked
-            for who, said in zip(("human", "gpt"), turn)
-        ]
-        turns[0]["value"] = f"{IMAGE}\n" * len(images) + words + turns[0]["value"]
-        image = {"image": images[0] if len(images) == 1 else images} if images else {}
-        return {
-            "id": f"{self.rng.getrandbits(40):010x}",
-            **image,
-            "conversations": turns,
-            "kinds": [kind for kind, *_ in asked],
-        }
-
-    def reading(self) -> dict:
-        """Scenes in words, or the loose words of one, and questions: for who cannot read yet."""
-        make = self.rng.choices([self.one, self.two, self.relation], [7, 2, 1])[0]
-        words, _, asked = make()
-        if make == self.one and self.rng.random() < 0.7:
-            facts = [answer for _, _, answer in self.rng.sample(asked, len(asked))]
-            asked = [("caption", "Describe the picture.", words[0])] * self.rng.randrange(2) + asked
-            words = [" ".join(f" {fact}" for fact in facts)]
-        asked = [("reading", *turn) for _, *turn in asked]  # no picture is needed for these
-        return self.row(asked, [], "".join(f"{line}\n" for line in words))
-
-    def caption(self) -> dict:
-        words, pictures, _ = self.one()
-        return self.row([("caption", "Describe the picture.", words[0])], pictures)
-
-    def instruction(self) -> dict:
-        """As in visual instruction tuning: mostly one picture and several questions about it."""
-        if not self.deck:  # so the shares hold in every 100 rows
-            kinds = [self.one, self.two, self.relation, None]
-            self.deck = self.rng.sample(kinds, counts=[79, 12, 4, 5], k=100)
-        make = self.deck.pop()
-        if make is None:
-            return self.reading()
-        _, pictures, asked = make()
-        return self.row(asked, pictures)
-
-
-def toy_words(rows: int = 1000) -> list[str]:
-    """What the toy world says, for a tokenizer to learn its vocabulary from."""
-    world = ToyWorld(Path(), seed=0)
-    said = [turn["value"] for _ in range(rows) for turn in world.reading()["conversations"]]
-    return ["user", "assistant"] * rows + said
-
-
-def toy(out: Path, scenes: int, seed: int):
-    """Writes the built-in data: three sets of rows, `scenes` in the largest, each with a held-out
-    one of 160.
-    """
-    if os.path.lexists(out):
-        raise ValueError(f"--out {out}: exists already; name a new folder")
-    part = out.with_name(out.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    (part / "images").mkdir(parents=True)
-    world = ToyWorld(part, seed)
-    sets = {}
-    for name, make, count in (
-        ("reading", world.reading, -(-scenes // 2)),
-        ("captions", world.caption, -(-scenes // 4)),
-        ("train", world.instruction, scenes),
-    ):
-        sets[name] = [make() for _ in range(count)]
-        sets[f"{name}_validation"] = [make() for _ in range(160)]
-    rows = sets["train_validation"]
-    # The same questions with other rows' pictures: who still answers has not looked.
-    shuffled = sets["train_shuffled"] = list(rows)
-    for count in (1, 2):
-        alike = [i for i, row in enumerate(rows) if len(image_list(row)) == count]
-        for i, other in zip(alike, np.roll(alike, -(len(alike) // 2))):
-            shuffled[i] = rows[i] | {"image": rows[other]["image"]}
-    for name, content in sets.items():
-        (part / f"{name}.json").write_text(json.dumps(content, indent=1))
-    (part / "baseline.json").write_text(json.dumps(question_only(sets["train"], rows)))
-    part.rename(out)
-
-
-def question_only(train: list[dict], rows: list[dict]) -> dict:
-    """{kind: share right} of always giving the training set's commonest answer to a question."""
-
-    def turns(rows):
-        for row in rows:
-            said = [turn["value"].replace(f"{IMAGE}\n", "") for turn in row["conversations"]]
-            yield from zip(row["kinds"], said[::2], said[1::2])
-
-    seen, right = collections.defaultdict(collections.Counter), collections.defaultdict(list)
-    for _, question, answer in turns(train):
-        seen[question][answer] += 1
-    for kind, question, answer in turns(rows):
-        guess = seen[question].most_common(1)
-        right[kind].append(bool(guess) and guess[0][0] == answer)
-    return {kind: sum(hits) / len(hits) for kind, hits in right.items()}
 
 
 def show(dataset: LlavaDataset, i: int, as_json: bool):
@@ -1136,117 +923,6 @@ def check(args) -> int:
     return count
 
 
-# Of OK-VQA and VQAv2 as they are published. LLaVA-1.5 asks for short answers with these words.
-SHORT_ANSWER = "Answer the question using a single word or phrase."
-
-
-def read_vqa(path: str, key: str, take) -> tuple[dict, list]:
-    """A raw file and, for each item of its list `key`, take(item)."""
-    content = Path(path).read_bytes()
-    try:
-        content = json.loads(content)
-        return content, [take(item) for item in content[key]]
-    except Exception as error:  # as many as there are other kinds of JSON
-        raise ValueError(
-            f"{path}: not {key} as OK-VQA and VQAv2 publish them ({type(error).__name__}: {error})"
-        ) from None
-
-
-def vqa_rows(questions: str, annotations: str, pictures: Pictures) -> list[dict]:
-    """A row for each question: the answer to learn is the commonest of the ten that people gave,
-    the first of several such. All ten are kept under `answers`, for scoring.
-    """
-    content, asked = read_vqa(
-        questions,
-        "questions",
-        lambda q: (int(q["question_id"]), int(q["image_id"]), q["question"].strip()),
-    )
-    _, answered = read_vqa(
-        annotations,
-        "annotations",
-        lambda a: (
-            (int(a["question_id"]), int(a["image_id"])),
-            [x["answer"].strip() for x in a["answers"]],
-        ),
-    )
-    given, split = dict(answered), str(content["data_subtype"])  # as train2014: COCO's folder, too
-    rows, missing = [], []
-    if len({number for number, *_ in asked}) < len(asked) or len(given) < len(answered):
-        raise ValueError(f"{questions}, {annotations}: a question_id stands twice in one of them")
-    for number, image, question in asked:
-        if not given.get((number, image)):
-            raise ValueError(
-                f"{annotations}: no answer to question {number} of {questions}, about "
-                f"picture {image}"
-            )
-        if not question or IMAGE in question:
-            raise ValueError(f"{questions}: question {number} is {question!r}: remove it")
-        name = f"COCO_{split}_{image:012d}.jpg"
-        found = [place for place in (name, f"{split}/{name}") if place in pictures]
-        missing += [] if found else [name]
-        answers = given[number, image]
-        rows.append(
-            {
-                "id": str(number),
-                "image": (found or [name])[0],
-                "conversations": [
-                    {"from": "human", "value": f"{IMAGE}\n{question}\n{SHORT_ANSWER}"},
-                    {"from": "gpt", "value": max(answers, key=answers.count)},
-                ],
-                "answers": answers,
-            }
-        )
-    if missing:
-        raise FileNotFoundError(
-            f"{questions}: {len(missing)} of {len(rows)} questions have no "
-            f"picture in {pictures.path}, the first {missing[0]}: get COCO's "
-            f"{split}, or name the folder or .zip that holds it"
-        )
-    return rows
-
-
-def okvqa(args):
-    """Writes train.json and validation.json; no picture is in both."""
-    out, pictures = Path(args.out), Pictures(args.image_folder)
-    if os.path.lexists(out):
-        raise ValueError(f"--out {out}: exists already; name a new folder")
-    if not len(args.questions) == len(args.annotations) <= 2:
-        raise ValueError(
-            "--questions and --annotations take one file each, or two: to train on, "
-            "and to validate with"
-        )
-    train, *more = [vqa_rows(*files, pictures) for files in zip(args.questions, args.annotations)]
-    names = sorted({row["image"] for row in train})
-    if more:
-        held_out = {row["image"] for row in more[0]}
-        if both := held_out.intersection(names):
-            raise ValueError(
-                f"{args.questions[1]}: {min(both)} is a picture of {args.questions[0]}, too"
-            )
-    else:
-        random.Random(args.seed).shuffle(names)
-        held_out = set(names[: round(len(names) * min(max(args.val_fraction, 0), 1))])
-    rows = train + sum(more, [])
-    train, validation = (
-        [row for row in rows if (row["image"] in held_out) == held] for held in (False, True)
-    )
-    if not train or not validation:
-        raise ValueError(
-            f"{len(train)} questions to train on and {len(validation)} to validate "
-            f"with, at --val_fraction {args.val_fraction}: neither may be empty"
-        )
-    part = out.with_name(out.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    for name, rows in (("train", train), ("validation", validation)):
-        (part / f"{name}.json").write_text(json.dumps(rows, indent=1))
-        print(
-            f"{out / name}.json: {len(rows):,} questions about "
-            f"{len({row['image'] for row in rows}):,} pictures"
-        )
-    part.rename(out)
-
-
 class Parser(argparse.ArgumentParser):
     def __init__(self, **options):
         super().__init__(allow_abbrev=False, **options)
@@ -1258,10 +934,6 @@ class Parser(argparse.ArgumentParser):
 def parse(argv):
     parser = Parser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("toy", help="write the built-in data")
-    command.add_argument("--out", required=True, help="folder to write to")
-    command.add_argument("--scenes", type=int, default=8000, help="rows of stage 2")
-    command.add_argument("--seed", type=int, default=0)
     for name, what in (
         ("show", "print a row as the model gets it"),
         ("check", "read all rows and pictures; say what is wrong with them"),
@@ -1285,43 +957,13 @@ def parse(argv):
     command.add_argument("--image_aspect_ratio", choices=["pad", "square"])
     command.add_argument("--index", type=int, default=0, help="which row, from 0")
     command.add_argument("--json", action="store_true", help="input_ids and labels, for machines")
-    command = commands.add_parser("okvqa", help="OK-VQA's or VQAv2's raw files to LLaVA's format")
-    command.add_argument(
-        "--questions",
-        required=True,
-        nargs="+",
-        metavar="F",
-        help="raw .json to train on, and, if it is not to be split, to validate",
-    )
-    command.add_argument(
-        "--annotations",
-        required=True,
-        nargs="+",
-        metavar="F",
-        help="the raw answers to each of them",
-    )
-    command.add_argument("--image_folder", required=True, help="COCO's pictures, a folder or .zip")
-    command.add_argument("--out", required=True, help="folder to write to")
-    command.add_argument(
-        "--val_fraction",
-        type=float,
-        default=0.05,
-        help="share of the pictures whose questions go into validation.json",
-    )
-    command.add_argument("--seed", type=int, default=0, help="of which pictures these are")
     return parser.parse_args(argv)
 
 
 def main(argv=None) -> int:
     args = parse(argv)
     try:
-        if args.command == "toy":
-            if args.scenes < 1:
-                raise ValueError(f"--scenes {args.scenes}: must be at least 1")
-            toy(Path(args.out), args.scenes, args.seed)
-        elif args.command == "okvqa":
-            okvqa(args)
-        elif args.command == "show":
+        if args.command == "show":
             dataset = open_dataset(
                 args.data_path,
                 args.image_folder,

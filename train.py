@@ -1245,7 +1245,7 @@ def summarize(args, progress: dict, total_steps: int, source: Path):
         )
     folder = f"{out}/{'best' if best < step else 'final'}"
     folder = f"{source} --adapter {folder}" if args.train_type == "use_lora" else folder
-    print(f"  python model.py chat --model_name_or_path {folder} --image FILE")
+    print(f"  python chat.py --model_name_or_path {folder} --image FILE")
     if args.train_type == "use_lora":
         print(f"  python lora.py merge --model_name_or_path {folder} --out {out}/merged")
 
@@ -1605,8 +1605,8 @@ LLAVA_FLAGS = {
     "--tune_mm_mlp_adapter": ("False", "--train_type projector"),
     "--freeze_backbone": ("False", "--train_type projector"),
     "--pretrain_mm_mlp_adapter": (None, "the folder of stage 1 as --model_name_or_path"),
-    "--vision_tower": (None, "`python model.py build`, once"),
-    "--mm_projector_type": (None, "`python model.py build`, once"),
+    "--vision_tower": (None, "`python build.py`, once"),
+    "--mm_projector_type": (None, "`python build.py`, once"),
     "--mm_vision_select_layer": ("-2", "vision_feature_layer in config.json"),
     "--mm_use_im_start_end": ("False", "a template; pictures have no such tokens here"),
     "--mm_use_im_patch_token": ("False", "a template; pictures have no such tokens here"),

@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from conftest import (
     QUESTION,
-    SMALL,
     VISION,
     built,
     change_tensors,
@@ -29,17 +28,11 @@ from conftest import (
 )
 from PIL import Image
 from safetensors.torch import save_file
-from transformers import (
-    AutoProcessor,
-    AutoTokenizer,
-    CLIPConfig,
-    CLIPModel,
-    CLIPVisionConfig,
-    CLIPVisionModel,
-    LlavaConfig,
-)
+from transformers import AutoProcessor, AutoTokenizer, CLIPVisionConfig, LlavaConfig
 
+import chat
 import model as llava
+from build import build
 from data import ChatText, PictureTransform
 
 
@@ -189,38 +182,6 @@ def test_projectors_have_the_published_numbers_of_parameters():
         assert sum(p.numel() for p in projector.parameters()) == count
 
 
-@pytest.mark.parametrize("form", ["bare", "with level", "with text tower", "bin", "sharded"])
-def test_build_takes_towers_in_every_form_and_keeps_the_layer_it_never_runs(tmp_path, form):
-    vision, text = parts(tmp_path)
-    tower = CLIPVisionModel.from_pretrained(vision).eval()
-    bare = {k.removeprefix("vision_model."): v for k, v in tower.state_dict().items()}
-    level = {f"vision_model.{k}": v for k, v in bare.items()}
-    if form in ("bare", "with level"):
-        change_tensors(vision, lambda t: (t.clear(), t.update(bare if form == "bare" else level)))
-    elif form == "with text tower":
-        small = dict(SMALL, vocab_size=99)
-        CLIPModel(CLIPConfig(vision_config=VISION, text_config=small)).save_pretrained(vision)
-        change_tensors(vision, lambda t: t.update(level))
-    else:
-        (vision / "model.safetensors").unlink()
-        buffer = {"vision_model.embeddings.position_ids": torch.arange(5)[None]}
-        torch.save(level | buffer, vision / "pytorch_model.bin") if form == "bin" else (
-            tower.save_pretrained(vision, max_shard_size="20kB")
-        )
-    model = llava.build(vision, text, tmp_path / "llava").eval()
-    prefix = "vision_tower.vision_model."
-    saved = {
-        k.removeprefix(prefix): v
-        for k, v in tensors_of(tmp_path / "llava").items()
-        if k.startswith(prefix)
-    }
-    assert saved.keys() == bare.keys() and all(torch.equal(saved[k], bare[k]) for k in bare)
-    assert not any(re.search(r"layers\.2|post_layer", k) for k in model.vision_tower.state_dict())
-    pixels = torch.randn(2, 3, 28, 28)
-    expected = tower(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
-    torch.testing.assert_close(model.vision_tower(pixels), expected, atol=1e-6, rtol=0)
-
-
 def test_a_saved_folder_is_the_loaded_one_to_the_bit_in_the_dtype_of_the_file(tmp_path):
     folder = built(tmp_path, dtype=torch.bfloat16)
     model, before = llava.from_pretrained(folder, torch.float32), tensors_of(folder)
@@ -244,8 +205,20 @@ def test_a_saved_folder_is_the_loaded_one_to_the_bit_in_the_dtype_of_the_file(tm
 def test_parts_of_different_dtypes_work_together(tmp_path):
     vision, text = parts(tmp_path, dtype=torch.bfloat16)
     change_tensors(vision, lambda t: t.update({k: v.float() for k, v in t.items()}))
-    model = llava.build(vision, text, tmp_path / "llava")
+    model = build(vision, text, tmp_path / "llava")
     assert torch.isfinite(model(*mixed_batch(model.config.image_token_id)[:3])[0])
+
+
+def test_a_saved_folder_holds_one_chat_template(tmp_path):
+    folder, old = built(tmp_path), {"chat_template": "{{ 'an old one' }}"}
+    edit(folder / "tokenizer_config.json", **old)
+    edit(folder / "processor_config.json", **old)
+    (folder / "chat_template.json").write_text(json.dumps(old))
+    new, chat_template = tmp_path / "new", "{{ 'new' }}"
+    llava.save_pretrained(llava.from_pretrained(folder), new, folder, chat_template)
+    assert not any("an old one" in f.read_text() for f in new.iterdir() if "json" in f.suffix)
+    for reader in (AutoTokenizer, AutoProcessor):
+        assert reader.from_pretrained(new).chat_template == chat_template
 
 
 def test_buffers_that_no_file_holds_equal_those_of_a_model_made_normally(tmp_path):
@@ -335,7 +308,7 @@ def instead(folder, name, content):
 def test_a_faulty_model_folder_is_refused_in_one_line(good, tmp_path, capsys, fault):
     folder, (change, named) = shutil.copytree(good[0], tmp_path / "folder"), FAULTS[fault]
     edit(folder / "config.json", **change) if isinstance(change, dict) else change(folder)
-    assert named in refused(capsys, "chat", "--model_name_or_path", folder, "--prompt", "hello")
+    assert named in refused(capsys, chat, "--model_name_or_path", folder, "--prompt", "hello")
 
 
 def test_saving_refuses_what_exists_and_a_failed_save_leaves_nothing(good, tmp_path, monkeypatch):
@@ -359,25 +332,18 @@ class Code:
         return os.mkdir, (self.folder,)
 
 
-@pytest.mark.parametrize("file", ["state.pt", "rng-0.pt", "pytorch_model.bin"])
-def test_code_in_a_file_of_weights_is_not_run(world, tmp_path, capsys, file):
+@pytest.mark.parametrize("file", ["state.pt", "rng-0.pt"])
+def test_code_in_a_file_of_weights_is_not_run(world, tmp_path, file):
     made = tmp_path / "made"
-    if file == "pytorch_model.bin":
-        vision, text = parts(tmp_path)
-        (text / "model.safetensors").unlink()
-        torch.save({"weight": Code(made)}, text / file)
-        flags = ["--vision_tower", vision, "--language_model", text, "--out", tmp_path / "a"]
-        assert file in refused(capsys, "build", *flags)
-    else:
-        flags = dict(save_steps=2, max_steps=2)
-        assert run(world, tmp_path / "a", **flags)[0] == 0
-        shutil.rmtree(tmp_path / "a" / "final")
-        folder = tmp_path / "a" / "checkpoint-2"
-        content = torch.load(folder / file, weights_only=True)
-        torch.save({**content, "more": Code(made)}, folder / file)
-        progress = json.loads((folder / "progress.json").read_text())
-        progress["files"][file] = (folder / file).stat().st_size
-        (folder / "progress.json").write_text(json.dumps(progress))
-        with pytest.raises(pickle.UnpicklingError):
-            run(world, tmp_path / "a", **flags, resume_from_checkpoint="latest")
+    flags = dict(save_steps=2, max_steps=2)
+    assert run(world, tmp_path / "a", **flags)[0] == 0
+    shutil.rmtree(tmp_path / "a" / "final")
+    folder = tmp_path / "a" / "checkpoint-2"
+    content = torch.load(folder / file, weights_only=True)
+    torch.save({**content, "more": Code(made)}, folder / file)
+    progress = json.loads((folder / "progress.json").read_text())
+    progress["files"][file] = (folder / file).stat().st_size
+    (folder / "progress.json").write_text(json.dumps(progress))
+    with pytest.raises(pickle.UnpicklingError):
+        run(world, tmp_path / "a", **flags, resume_from_checkpoint="latest")
     assert not made.exists()
