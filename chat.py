@@ -46,15 +46,11 @@ def reply(model: Llava, text: ChatText, messages: list[dict], pixels: list, **op
     """The answer to a conversation whose pictures are `pixels`; options of Llava.generate."""
     device, config = next(model.parameters()).device, model.config
     ids = torch.tensor(text.ids_and_labels(messages, prompt=True)[0], device=device)
-    ids = ids.repeat_interleave(
-        torch.where(ids == config.image_token_id, model.tokens_per_picture, 1)
-    )[None]  # (1, T)
+    times = torch.where(ids == config.image_token_id, model.tokens_per_picture, 1)
+    ids = ids.repeat_interleave(times)[None]  # (1, T)
     known = getattr(config.text_config, "max_position_embeddings", math.inf)
     if ids.shape[1] >= known:
-        raise ValueError(
-            f"the conversation has {ids.shape[1]} tokens, and the language model learnt {known}: "
-            "begin a new one"
-        )
+        raise ValueError(f"{ids.shape[1]} tokens, and the model knows {known}: begin anew")
     pictures = torch.stack(pixels).to(device) if pixels else torch.zeros(0, device=device)
     new = model.generate(ids, pictures, torch.ones_like(ids), text.stop_ids, **options)
     return text.tokenizer.decode(new[0], skip_special_tokens=True).strip()

@@ -65,13 +65,8 @@ SHAPES = {  # corners, for a radius of 1
 }
 NUMBERS = ["one", "two", "three", "four"]
 POSITIONS = ["top left", "top right", "bottom left", "bottom right"]
-ANSWERS = {
-    "colour": list(COLOURS),
-    "shape": list(SHAPES),
-    "size": list(SIZES),
-    "position": POSITIONS,
-    "number": NUMBERS,
-}
+ANSWERS = {"colour": COLOURS, "shape": SHAPES, "size": SIZES}
+ANSWERS |= {"position": POSITIONS, "number": NUMBERS}
 QUESTIONS = {
     "colour": ["What colour are the shapes?", "Which colour do you see?"],
     "shape": ["What shape is shown?", "Which shape do you see?"],
@@ -87,10 +82,8 @@ COMPARISONS = {
 
 
 def words_of(scene: dict) -> str:
-    ending = "" if scene["number"] == "one" else "s"
-    return "{number} {size} {colour} {shape}{ending} in the {position}".format(
-        ending=ending, **scene
-    )
+    s = "" if scene["number"] == "one" else "s"
+    return "{number} {size} {colour} {shape}{s} in the {position}".format(s=s, **scene)
 
 
 def shapes_of(scene: dict) -> list[tuple]:
@@ -110,7 +103,7 @@ class ToyWorld:
         self.folder, self.rng, self.count, self.deck = folder, random.Random(seed), 0, []
 
     def scene(self) -> dict:
-        return {kind: self.rng.choice(answers) for kind, answers in ANSWERS.items()}
+        return {kind: self.rng.choice(list(answers)) for kind, answers in ANSWERS.items()}
 
     def draw(self, shapes: list[tuple]) -> str:
         """Writes a picture of shapes; its file name."""
@@ -371,10 +364,8 @@ def print_stages(out: Path):
 
 def print_answers(out: Path, answers: list[dict]):
     """Shares right: as trained, with other rows' pictures, and by the question alone."""
-    seen, turned = (
-        read_lines(out / name / "metrics.jsonl")[0]
-        for name in ("train_validation", "train_shuffled")
-    )
+    seen = read_lines(out / "train_validation" / "metrics.jsonl")[0]
+    turned = read_lines(out / "train_shuffled" / "metrics.jsonl")[0]
     blind = json.loads((out / "toy" / "baseline.json").read_text())
     counts = collections.Counter(answer["kind"] for answer in answers)
     shares = {}
