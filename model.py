@@ -1059,7 +1059,8 @@ def read_line(prompt: str) -> str:
 
 
 def parse(argv):
-    from data import VERSIONS, Parser
+    from cli import Parser
+    from data import VERSIONS
 
     parser = Parser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
@@ -1111,7 +1112,7 @@ def main(argv=None) -> int:
                 raise ValueError(
                     "--tiny makes both parts: leave --vision_tower and --language_model out"
                 )
-            from data import toy_words
+            from toy import toy_words
 
             build_tiny(args.out, toy_words(), *options)
         elif args.vision_tower and args.language_model:
