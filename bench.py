@@ -38,6 +38,7 @@ import model as llava
 import toy
 import train
 from build import build
+from cli import Parser
 
 # Flags of train.py, and what of transformers' LLaVA trains where it is not an adapter.
 CASES = {
@@ -451,7 +452,7 @@ def show(lines: list[dict]):
 
 
 def parse(argv):
-    parser = data.Parser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--shape", choices=list(SHAPES), default="tiny", help="which model")
     add("--cases", nargs="+", choices=list(CASES), default=list(CASES), help="what it does")

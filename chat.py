@@ -33,15 +33,6 @@ from model import Llava, open_tokenizer, resolve
 HELP = "/image FILE shows it a picture, /clear begins anew; Ctrl-C stops an answer, Ctrl-D ends"
 
 
-def place_pictures(question: str, count: int) -> str:
-    """The question with an <image> for each new picture; an only one stands first, as in training."""
-    if question.count(IMAGE) not in (0, count):
-        raise ValueError(f"{question.count(IMAGE)} {IMAGE} in the question, {count} shown")
-    if IMAGE in question and count > 1:
-        return question
-    return f"{IMAGE}\n" * count + question.replace(IMAGE, "").strip()
-
-
 def reply(model: Llava, text: ChatText, messages: list[dict], pixels: list, **options) -> str:
     """The answer to a conversation whose pictures are `pixels`; options of Llava.generate."""
     device, config = next(model.parameters()).device, model.config
@@ -100,9 +91,13 @@ class Conversation:
 
     def ask(self, question: str, **options) -> str:
         """The answer. It joins the conversation, as far as it came if Ctrl-C stopped it."""
-        question = place_pictures(question, len(self.new))
-        messages, pixels = [*self.messages, {"role": "user", "content": question}], self.pixels
-        pixels = pixels + self.new
+        if IMAGE not in question:
+            question = f"{IMAGE}\n" * len(self.new) + question
+        if question.count(IMAGE) != len(self.new):
+            count = question.count(IMAGE)
+            raise ValueError(f"{count} {IMAGE} in the question, {len(self.new)} shown")
+        messages = [*self.messages, {"role": "user", "content": question}]
+        pixels = self.pixels + self.new
         try:
             answer = reply(self.model, self.text, messages, pixels, **self.options, **options)
         except KeyboardInterrupt:

@@ -1310,17 +1310,7 @@ def to_device(batch: dict, device) -> tuple:
 
 
 def loader(dataset, batches: list, collate, args, device) -> DataLoader:
-    """Batches, prepared by worker processes; forked ones share the rows with this one."""
-    workers = args.dataloader_num_workers
-    return DataLoader(
-        dataset,
-        batch_sampler=batches,
-        collate_fn=collate,
-        num_workers=workers,
-        multiprocessing_context="fork" if workers else None,
-        generator=torch.Generator(),  # the default would draw from dropout's
-        pin_memory=device == "cuda",
-    )
+    return data.loader(dataset, batches, collate, args.dataloader_num_workers, device == "cuda")
 
 
 def numbers_of(window: list[dict]) -> tuple:
@@ -1336,7 +1326,7 @@ def numbers_of(window: list[dict]) -> tuple:
 
 def unusable(fault: str) -> str:
     return (
-        f"{fault} (`python data.py check` lists all such rows, --on_bad_record skip goes on "
+        f"{fault} (`python check.py` lists all such rows, --on_bad_record skip goes on "
         "without them)"
     )
 
@@ -1371,26 +1361,39 @@ def training_mode(model):
     model.vision_tower.eval()
 
 
+def check_rows(rows: data.LlavaDataset, on_bad_record: str):
+    """Says before step 1, not days later, which rows cannot be used."""
+    bad = rows.records.bad_rows
+    fault = rows[bad[0] if bad else 0]["fault"]  # of a good one, also of its picture
+    if fault and (on_bad_record == "stop" or len(bad) == len(rows)):
+        raise ValueError(f"{len(bad) or 1} of {len(rows)} rows are bad: {unusable(fault)}")
+    if bad:
+        tqdm.write(f"{len(bad)} of {len(rows)} rows are bad, the first: {fault}", file=sys.stderr)
+
+
 def open_rows(args, source: Path):
     """The text contract, and the rows to train on and to evaluate on (None where not given)."""
-    text = data.ChatText(llava.open_tokenizer(source, args.adapter), args.version)
-    sets = []
+    config, tokenizer = llava.read_config(source), llava.open_tokenizer(source, args.adapter)
+    if config.model_type != "llava":
+        raise ValueError(f"--model_name_or_path {source}: not a LLaVA folder: build.py makes one")
+    text, sets = data.ChatText(tokenizer, args.version), []
     for path in (args.data_path, args.validation_data_path):
-        sets.append(
-            path
-            and data.open_dataset(
-                path,
-                args.image_folder,
-                source,
-                args.version,
-                args.image_aspect_ratio,
-                args.model_max_length,
-                "skip",
-                text,
-            )
+        if not path:
+            sets.append(None)
+            continue
+        rows = data.open_dataset(
+            path,
+            args.image_folder,
+            source,
+            config,
+            tokenizer,
+            aspect_ratio=args.image_aspect_ratio,
+            max_length=args.model_max_length,
+            on_bad_record="skip",
+            text=text,
         )
-        if path and args.on_bad_record == "stop" and (fault := sets[-1][0]["fault"]):
-            raise ValueError(unusable(fault))  # a look at one row, before any is written
+        check_rows(rows, args.on_bad_record)
+        sets.append(rows)
     return text, *sets
 
 

@@ -117,20 +117,6 @@ def test_the_lines_of_the_docstring_run(good):
 # --- a conversation ---
 
 
-@pytest.mark.parametrize(
-    "question, count, asked",
-    [
-        ("What?", 0, "What?"),
-        ("What?", 1, f"{IMAGE}\nWhat?"),
-        (f"What is {IMAGE} here?", 1, f"{IMAGE}\nWhat is  here?"),
-        ("Compare.", 2, f"{IMAGE}\n{IMAGE}\nCompare."),
-        (f"Is {IMAGE} like {IMAGE}?", 2, f"Is {IMAGE} like {IMAGE}?"),
-    ],
-)
-def test_an_only_picture_goes_first_several_stay(question, count, asked):
-    assert chat.place_pictures(question, count) == asked
-
-
 @pytest.fixture
 def talk(good, monkeypatch, capsys):
     """talk(lines, answers): [(what was said, number of pictures)] of each question, out, err."""
@@ -162,6 +148,31 @@ def test_the_conversation_is_remembered_and_wrong_lines_cost_nothing(talk, pictu
     assert "none.png: no such file" in err[1] and f"1 {IMAGE} in the question, 0 shown" in err[2]
     assert err[3] == f"/nonsense: {chat.HELP}" and err[4] == f"/image: {chat.HELP}"
     assert err[0] == err[5] == chat.HELP and len(err) == 6
+
+
+def test_an_only_picture_goes_first_several_stay(good, monkeypatch):
+    tokenizer, asked = llava.open_tokenizer(good[0]), []
+    transform = PictureTransform.from_pretrained(good[0])
+    conversation = chat.Conversation(good[1], ChatText(tokenizer), transform, {"max_new_tokens": 1})
+    generate = good[1].generate
+
+    def spy(ids, *args, **options):
+        words = tokenizer.decode(ids[0]).replace(IMAGE * 4, IMAGE)
+        asked.append(re.findall(r"user\n(.*?)<\|im_end", words, re.S)[-1])
+        return generate(ids, *args, **options)
+
+    monkeypatch.setattr(good[1], "generate", spy)
+    for question, count in (
+        ("What?", 0),
+        ("What?", 1),
+        (f"What is {IMAGE} here?", 1),
+        ("Compare.", 2),
+        (f"Is {IMAGE} like {IMAGE}?", 2),
+    ):
+        conversation.new = [torch.zeros(3, 28, 28)] * count
+        conversation.ask(question)
+    expected = ["What?", f"{IMAGE}\nWhat?", f"{IMAGE}\nWhat is  here?"]
+    assert asked == [*expected, f"{IMAGE}\n{IMAGE}\nCompare.", f"Is {IMAGE} like {IMAGE}?"]
 
 
 def test_clear_forgets_words_and_pictures(talk, picture):
