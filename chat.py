@@ -25,6 +25,7 @@ from pathlib import Path
 import torch
 from transformers import TextStreamer
 
+import fast
 from cli import Parser, command, number, one_line
 from data import IMAGE, VERSIONS, ChatText, PictureTransform, decode_picture
 from evaluate import open_model
@@ -41,7 +42,7 @@ def reply(model: Llava, text: ChatText, messages: list[dict], pixels: list, **op
     ids = ids.repeat_interleave(times)[None]  # (1, T)
     known = getattr(config.text_config, "max_position_embeddings", math.inf)
     if ids.shape[1] >= known:
-        raise ValueError(f"{ids.shape[1]} tokens, and the model knows {known}: begin anew")
+        raise ValueError(f"{ids.shape[1]} tokens, but the language model learnt {known} at most")
     pictures = torch.stack(pixels).to(device) if pixels else torch.zeros(0, device=device)
     new = model.generate(ids, pictures, torch.ones_like(ids), text.stop_ids, **options)
     return text.tokenizer.decode(new[0], skip_special_tokens=True).strip()
@@ -158,7 +159,7 @@ def main(argv=None):
     folder = resolve(args.model_name_or_path)
     text = ChatText(open_tokenizer(folder, args.adapter), args.version)
     dtype, device = (torch.bfloat16, "cuda") if cuda else (None, "cpu")
-    model = open_model(folder, args.adapter, args.bits, dtype, device).eval()
+    model = fast.enable(open_model(folder, args.adapter, args.bits, dtype, device)).eval()
     options = {"max_new_tokens": args.max_new_tokens, "do_sample": args.temperature > 0}
     if args.temperature > 0:
         options |= {"temperature": args.temperature, "top_p": args.top_p}
