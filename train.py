@@ -26,7 +26,6 @@ transformers/optimization.py, ZeRO (arXiv:1910.02054).
 """
 
 import argparse
-import ctypes
 import datetime
 import functools
 import importlib.util
@@ -55,9 +54,10 @@ from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
 import data
+import fast
 import lora
 import model as llava
-from cli import BOOLEAN, Parser, number
+from cli import BOOLEAN, Parser, number, written
 
 # How the names of what trains whole begin, and the recipe of LLaVA-1.5: learning rate, rows of a
 # micro-batch, template. Its global batch is 256 rows in stage 1 and 128 in stage 2, on eight GPUs.
@@ -128,15 +128,16 @@ def load_model(args, source: Path, device: str, stage: int = 0):
                 "here: merge it, and train a new adapter on that"
             )
         p.requires_grad_(trains)
-    return model
+    return fast.enable(model)
 
 
 def write_result(model, args, text, source: Path, state: dict, folder: Path):
     """What was trained, as a new folder: an adapter in PEFT's format, or else a whole model."""
     if args.train_type != "use_lora":  # `plain` is for training only: it is no folder's template
-        llava.save_pretrained(
-            model, folder, source, text.chat_template, state, args.image_aspect_ratio
-        )
+        with written(folder) as part:
+            llava.save_pretrained(
+                model, part, source, text.chat_template, state, args.image_aspect_ratio
+            )
         return
     lora.save(model, folder, source, llava.transformers_name, ["multi_modal_projector"], state)
     if text.chat_template:
@@ -1796,18 +1797,6 @@ def less_memory(args) -> str:
     return "try --train_type use_lora --bits 4, a smaller model, or more processes"
 
 
-def keep_memory():
-    """Has glibc keep freed memory, which each step would otherwise take anew from the system, page
-    by page: on a CPU it shortens a step of `full` by a quarter, and one of LoRA by 6 %.
-    """
-    TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
-    library = ctypes.CDLL(None)
-    if hasattr(library, "mallopt"):
-        library.mallopt(TRIM_THRESHOLD, -1)  # never
-        # Above this a tensor is mapped by itself, as ever; older ones take no more than the second.
-        library.mallopt(MMAP_THRESHOLD, 2**30) or library.mallopt(MMAP_THRESHOLD, 2**25)
-
-
 def start_processes(args):
     """Sets up this process, and joins the launcher's others; without a launcher it is alone."""
     alone = {
@@ -1819,7 +1808,6 @@ def start_processes(args):
     }
     for name, value in alone.items():
         os.environ.setdefault(name, value)
-    keep_memory()
     torch.backends.cuda.matmul.allow_tf32 = args.tf32
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))

@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 import re
 
 import pytest
@@ -223,25 +222,6 @@ def test_models_whose_logits_are_no_plain_linear_are_refused(tmp_path, capsys, c
     flags = ["--vision_tower", vision, "--language_model", text, "--out", tmp_path / "out"]
     assert config.model_type in refused(capsys, build, *flags)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["text", "vision"]
-
-
-class Code:
-    """Makes a folder when it is unpickled."""
-
-    def __init__(self, folder):
-        self.folder = str(folder)
-
-    def __reduce__(self):
-        return os.mkdir, (self.folder,)
-
-
-def test_code_in_a_bin_file_is_not_run(tmp_path, capsys):
-    vision, text = parts(tmp_path)
-    (text / "model.safetensors").unlink()
-    torch.save({"weight": Code(tmp_path / "made")}, text / "pytorch_model.bin")
-    flags = ["--vision_tower", vision, "--language_model", text, "--out", tmp_path / "a"]
-    assert "pytorch_model.bin" in refused(capsys, build, *flags)
-    assert not (tmp_path / "made").exists()
 
 
 # --- the folder, and the command ---
