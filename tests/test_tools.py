@@ -11,6 +11,8 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import torch
+import torch.nn.functional as F
 from conftest import (
     ASKED,
     HERE,
@@ -20,6 +22,7 @@ from conftest import (
     refused,
     row,
     saved,
+    theirs,
     tiny_llava,
     write,
     write_vqa,
@@ -28,6 +31,7 @@ from PIL import Image
 
 import data
 import lora
+import model as llava
 import okvqa
 from data import IGNORE, IMAGE
 from toy import COLOURS, ToyWorld, print_summary, shapes_of
@@ -103,6 +107,37 @@ def test_drawn_shapes_are_what_the_words_say(tmp_path):
         assert f"{half} {side}" == scene["position"]
         cells = {(r // 84, c // 84) for r, c in zip(rows.tolist(), columns.tolist())}
         assert len(cells) == 1 + ["one", "two", "three", "four"].index(scene["number"])
+
+
+def test_both_pictures_of_a_row_count_and_their_order(good, toy):
+    """From the built-in data to gradients: as the model itself is too small to show it in answers."""
+    folder, model = good
+    rows = json.loads((toy / "train.json").read_text())
+    i = next(i for i, r in enumerate(rows) if len(data.image_list(r)) == 2)
+    dataset = data.open_dataset(
+        toy / "train.json",
+        toy / "images",
+        folder,
+        llava.read_config(folder),
+        llava.open_tokenizer(folder),
+    )
+    batch = data.Collator(dataset.image_token_id, 4)([dataset[i]])
+    ids, labels, pixels = (batch[key] for key in ("input_ids", "labels", "pixel_values"))
+    pictures = data.Pictures(toy / "images")
+    for name, given in zip(rows[i]["image"], pixels, strict=True):
+        shown = data.decode_picture(pictures.read(name), name)
+        assert torch.equal(given, torch.as_tensor(dataset.transform(shown)))  # in their order
+    pixels.requires_grad_(True)
+    loss, _ = model(ids, pixels, labels)
+    (gradient,) = torch.autograd.grad(loss, pixels)
+    assert gradient.abs().amax(dim=(1, 2, 3)).min() > 1e-6
+    with torch.no_grad():
+        swapped, _ = model(ids, pixels.flip(0), labels)
+        assert (swapped - loss).abs() > 1e-3
+        logits = theirs(folder)(input_ids=ids, pixel_values=pixels).logits[:, :-1]
+    targets = labels[:, 1:]
+    expected = F.cross_entropy(logits[targets >= 0], targets[targets >= 0], reduction="sum")
+    torch.testing.assert_close(loss, expected, atol=1e-4, rtol=1e-5)
 
 
 def write_lines(path, *rows):
