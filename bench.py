@@ -35,7 +35,10 @@ from transformers.utils import logging as transformers_logging
 import data
 import lora
 import model as llava
+import toy
 import train
+from build import build
+from cli import Parser
 
 # Flags of train.py, and what of transformers' LLaVA trains where it is not an adapter.
 CASES = {
@@ -63,7 +66,7 @@ def make_model(shape: str, dtype, out: Path):
     """A LLaVA folder with random weights, of 336 pixels and 576 tokens a picture."""
     from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
-    llava.build_tiny(out / "tiny", data.toy_words(200))
+    toy.make_model(out / "tiny", toy.toy_words(200))
     if not SHAPES[shape]:
         return out / "tiny"
     (width, layers, heads, kv_heads, mlp, words), tower = SHAPES[shape]
@@ -96,7 +99,7 @@ def make_model(shape: str, dtype, out: Path):
         part.save_pretrained(out / name)
     tokenizer = llava.open_tokenizer(out / "tiny")  # that of the tiny model: words do not matter
     tokenizer.save_pretrained(out / "text")
-    llava.build(out / "vision", out / "text", out / "model")
+    build(out / "vision", out / "text", out / "model")
     return out / "model"
 
 
@@ -449,7 +452,7 @@ def show(lines: list[dict]):
 
 
 def parse(argv):
-    parser = data.Parser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--shape", choices=list(SHAPES), default="tiny", help="which model")
     add("--cases", nargs="+", choices=list(CASES), default=list(CASES), help="what it does")

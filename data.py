@@ -1,56 +1,123 @@
-"""From a JSON record and a picture to a batch: everything that LLaVA does before the model.
-
-A record, in LLaVA's format, and what becomes of it:
+"""From a row of JSON and its picture to a batch: everything that LLaVA does before the model.
 
     {"id": "7", "image": "7.png",
      "conversations": [{"from": "human", "value": "<image>\\nWhat is it?"},
                        {"from": "gpt",   "value": "A frog."}]}
 
-      > picture   RGB, padded or cropped to a square, 336 x 336, normalised        (3, 336, 336)
-      > text      the chat template rendered; ids, and labels: only answers count  (t,), (t,)
+      > picture   as a viewer shows it, made square, 336 x 336, normalised          (3, 336, 336)
+      > text      the chat template rendered; ids, and labels: answers alone count  (t,), (t,)
       > batch     each <image> id becomes 576 placeholders, rows padded on the right
                   input_ids, labels (B, T) int64; pixel_values (N, 3, 336, 336) float32
 
 Labels are unshifted, as Hugging Face has them: the model compares position t with label t + 1.
 
-    python data.py toy   --out out/toy
-    python data.py show  --model_name_or_path out/model --data_path out/toy/train.json \\
-                         --image_folder out/toy/images
-    python data.py check --data_path out/toy/train.json --image_folder out/toy/images
-    python data.py okvqa --questions F --annotations F --image_folder DIR --out DIR
+One row, by hand (`folder` is a LLaVA model's; pictures may also lie in a .zip):
 
-Sources: LLaVA's record format, templates and masks (github.com/haotian-liu/LLaVA,
-llava/conversation.py and llava/train/train.py), CLIP's preprocessing (github.com/openai/CLIP,
-clip/clip.py).
+    text, transform = ChatText(tokenizer), PictureTransform.from_pretrained(folder)
+    records, pictures = Records("train.json"), Pictures("images")
+    messages, names = parse_record(records[0])
+    input_ids, labels = text.ids_and_labels(messages)
+    pixel_values = [transform(decode_picture(pictures.read(name), name)) for name in names]
+
+All rows, in the order of epoch 0, in batches of 4 x 2 rows for an optimizer step:
+
+    rows = open_dataset("train.json", "images", folder, config, tokenizer)
+    steps = plan_epoch(rows.records.lengths, rows.records.has_picture, 8, 0, 0, by_modality=True)
+    batches = micro_batches(steps, accumulation=2, world=1, rank=0)
+    for batch in loader(rows, batches, Collator(rows.image_token_id, 576), workers=2):
+        print(batch["input_ids"].shape, batch["labels"].shape, batch["pixel_values"].shape)
+
+Sources: LLaVA's rows, templates and masks (github.com/haotian-liu/LLaVA, llava/conversation.py and
+llava/train/train.py), CLIP's preprocessing (github.com/openai/CLIP, clip/clip.py).
 """
 
-import argparse
-import collections
 import contextlib
-import gc
+import functools
 import io
 import json
+import math
 import os
-import random
+import posixpath
 import re
 import shutil
-import struct
+import signal
 import sys
+import warnings
 import zipfile
-import zlib
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
-from tqdm import tqdm
-from transformers import AutoConfig, AutoTokenizer
+from PIL import Image, ImageOps, PngImagePlugin
 
 IMAGE = "<image>"  # one in the text for each picture of the row
 IGNORE = -100  # the label of a position that no loss looks at
 
 
-# --- pictures ---
+# --- a picture > the tower's input ---
+
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # long texts harm no picture
+
+# What people have in place of a picture: how its file begins, and what to do.
+NO_PICTURES = [
+    (rb"\Z", "the file is empty: get it again"),
+    (rb"....ftyp(hei|hev|mif1|msf1)", "it is HEIC: convert it to JPEG"),
+    (rb"\s*<(!doctype html|html|\?xml)", "it is a web page: the download failed, get it again"),
+    (rb"version https://git-lfs", "it is a Git LFS pointer: run `git lfs pull` in its folder"),
+]
+
+
+def decode_picture(data: bytes, name: str = "") -> Image.Image:
+    """The picture as any viewer shows it: upright, on white, in RGB; of several frames the first.
+
+    Raises ValueError where it is damaged, too large or no picture.
+    Not with JPEG's scaled decoding (`Image.draft`): pictures of 640 x 480, as COCO's, are too small
+    for it, and of larger ones it changes pixels by up to 0.4 standard deviations.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # they name no file, and what cannot be read raises
+            return on_white(to_8_bits(upright(Image.open(io.BytesIO(data)))))
+    except Image.DecompressionBombError:
+        reason = "it has too many pixels: shrink it"
+    except Exception as error:  # Pillow's decoders raise nearly anything
+        known = [what for begin, what in NO_PICTURES if re.match(begin, data, re.DOTALL | re.I)]
+        reason = known[0] if known else str(error).split(" <")[0]
+    raise ValueError(f"picture {name}: not one that can be read ({reason})")
+
+
+def upright(image: Image.Image) -> Image.Image:
+    image.load()  # raises where pixels are damaged
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # a broken EXIF block says nothing
+        return image
+
+
+def to_8_bits(image: Image.Image) -> Image.Image:
+    """Greys of 16 bits divided by 257; of 32, and floats, spread from the lowest to the highest.
+
+    What is not finite becomes 0, and so does a picture of one value. (Pillow would clip at 255.)
+    """
+    sixteen = image.mode.startswith("I;16")
+    if not sixteen and image.mode not in ("I", "F"):
+        return image
+    values = np.asarray(image, np.float64)
+    finite = values[np.isfinite(values)]
+    low, high = 0, 65535
+    if not sixteen:
+        low, high = finite.min(initial=np.inf), finite.max(initial=-np.inf)
+    grey = (values - low) * 255 / (high - low) if low < high else np.zeros(values.shape)
+    grey = np.nan_to_num(grey, posinf=0, neginf=0).round()
+    clear = values == image.info.get("transparency")
+    return Image.fromarray(np.where(clear, 255, grey).astype(np.uint8))
+
+
+def on_white(image: Image.Image) -> Image.Image:
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 
 class PictureTransform:
@@ -62,46 +129,31 @@ class PictureTransform:
 
     def __init__(self, size: int, mean: list[float], std: list[float], aspect_ratio: str):
         self.size, self.aspect_ratio = size, aspect_ratio
+        self.mean, self.std = np.float32(mean), np.float32(std)
         self.background = tuple(int(255 * m) for m in mean)
-        mean, std = np.float32(mean), np.float32(std)
-        self.scale, self.shift = 1 / (255 * std), -mean / std
-        levels = np.arange(256, dtype=np.float32)[:, None]
-        self.table = (levels * self.scale + self.shift).T  # (3, 256): what each byte becomes
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, aspect_ratio: str | None = None):
         """As a model folder's processor files say; `aspect_ratio` overrides theirs."""
         for name in ("preprocessor_config.json", "processor_config.json"):
-            if not (path := Path(folder) / name).is_file():
-                continue
-            try:
-                config = json.loads(path.read_bytes())
-                config = config.get("image_processor", config)
-                if "image_mean" not in config:
-                    continue
-                size = config.get("crop_size") or config["size"]
-                if not isinstance(size, int):
-                    size = size.get("height") or size["shortest_edge"]
-                pads, crops = config.get("do_pad"), config.get("do_center_crop", True)
-                made = cls(
-                    size,
-                    config["image_mean"],
-                    config["image_std"],
-                    aspect_ratio or ("pad" if pads else "square"),
-                )
-            except Exception as error:  # as many as there are other kinds of JSON
-                raise ValueError(
-                    f"{path}: does not say how pictures are prepared ({error!r})"
-                ) from None
-            if not pads and not (crops and config.get("crop_size")):
-                raise ValueError(
-                    f"{path}: pictures are neither padded (do_pad) nor cropped "
-                    "(crop_size), which is how they become square here"
-                )
-            return made
-        raise FileNotFoundError(
-            f"{folder}: no preprocessor_config.json, which says how pictures are prepared"
-        )
+            path = Path(folder) / name
+            config = json.loads(path.read_bytes()) if path.is_file() else {}
+            config = config.get("image_processor", config)
+            if "image_mean" in config:
+                break
+        else:
+            raise FileNotFoundError(f"{folder}: no preprocessor_config.json that has an image_mean")
+        size = config.get("crop_size") or config.get("size") or {}
+        if not isinstance(size, int):
+            size = size.get("height") or size.get("shortest_edge")
+        pads = config.get("do_pad")
+        crops = config.get("crop_size") and config.get("do_center_crop", True)
+        if not size or not (pads or crops):
+            raise ValueError(
+                f"{path}: neither do_pad nor crop_size makes pictures square, of a size"
+            )
+        own = "pad" if pads else "square"
+        return cls(size, config["image_mean"], config["image_std"], aspect_ratio or own)
 
     def __call__(self, image: Image.Image) -> np.ndarray:
         """(3, size, size) float32, normalised."""
@@ -111,8 +163,8 @@ class PictureTransform:
             image = centre(image, *(min(n, 16 * min(image.size)) for n in image.size))
         resized = [self.size * n // min(image.size) for n in image.size]
         image = centre(image.resize(resized, Image.Resampling.BICUBIC), self.size, self.size)
-        channels = np.asarray(image).transpose(2, 0, 1)
-        return np.stack([table[channel] for table, channel in zip(self.table, channels)])
+        pixels = (np.asarray(image, np.float32) / 255 - self.mean) / self.std  # (S, S, 3)
+        return np.ascontiguousarray(pixels.transpose(2, 0, 1))  # (3, S, S)
 
 
 def centre(image: Image.Image, width: int, height: int) -> Image.Image:
@@ -132,106 +184,63 @@ def pad(image: Image.Image, background: tuple) -> Image.Image:
     return square
 
 
-def decode_picture(data: bytes, name: str = "") -> Image.Image:
-    """The picture as RGB, first frame; ValueError where it is damaged, too large or no picture.
-
-    Not with JPEG's scaled decoding (`Image.draft`): pictures of 640 x 480, as COCO's, are too small
-    for it, and of larger ones it changes pixels by up to 0.4 standard deviations.
-    """
-    try:
-        return Image.open(io.BytesIO(data)).convert("RGB")
-    except Exception as error:  # Pillow's decoders raise nearly anything
-        reason = str(error).split(" <")[0]
-        raise ValueError(f"picture {name}: not one that can be read ({reason})") from None
-
-
 class Pictures:
     """A folder of pictures, or a .zip of them read in place; `read(name)` gives a file's bytes.
 
-    The zip's directory is read once, into sorted arrays, and `os.pread` has no file position, so
-    worker processes forked from this one share both for good (see `Records`).
+    Forked workers share the zip's directory, which takes seconds to read, but not its file: of two
+    that move one position each would get the other's bytes.
     """
 
     def __init__(self, path: str | Path):
-        self.path, self.archive = Path(path), None
+        self.path, self.archive, self.process = Path(path), None, os.getpid()
         if self.path.is_file():
-            gc.disable()  # it would go through the entries again and again: a quarter of the time
             try:
-                with zipfile.ZipFile(self.path) as archive:
-                    files = archive.infolist()
-                names = np.array([file.filename.encode() for file in files], "S")
-                entries = np.array(
-                    [
-                        (file.header_offset, file.compress_size, file.compress_type, file.CRC)
-                        for file in files
-                    ],
-                    np.int64,
-                ).reshape(-1, 4)
-                order = names.argsort(kind="stable")
-                self.names, self.entries = names[order], entries[order]
+                self.archive = zipfile.ZipFile(self.path)
             except Exception as error:  # zipfile, too, raises nearly anything
-                raise ValueError(
-                    f"--image_folder {path}: neither a folder nor a whole .zip ({error})"
-                ) from None
-            finally:
-                gc.enable()
-            self.archive = os.open(self.path, os.O_RDONLY)
+                raise ValueError(f"--image_folder {path}: not a whole .zip ({error})") from None
         elif not self.path.is_dir():
             raise FileNotFoundError(f"--image_folder {path}: no such folder or .zip")
 
     def __contains__(self, name: str) -> bool:
-        return (self.path / name).is_file() if self.archive is None else self.find(name) >= 0
+        return self.find(name) is not None
 
-    def find(self, name: str) -> int:
-        """The place of a name among the zip's, the last of equal ones; -1 where there is none."""
-        name = name.encode("utf-8", "surrogatepass")
-        at = int(self.names.searchsorted(name, side="right")) - 1
-        return at if at >= 0 and self.names[at] == name else -1
+    def find(self, name: str) -> str | None:
+        r"""The name as the folder or zip has it: a row may say .\a.png or .//a.png for a.png."""
+        for spelling in (name, posixpath.normpath(name.replace("\\", "/")).lstrip("/")):
+            if self.archive:
+                found = spelling in self.archive.NameToInfo and not spelling.endswith("/")
+            else:
+                found = os.path.isfile(self.path / spelling)  # a pipe would be read for ever
+            if found:
+                return spelling
+        return None
 
-    def read(self, name: str, at_most: int | None = None) -> bytes:
-        """A file's bytes, or what its first `at_most` hold; FileNotFoundError, or ValueError if the
-        zip is damaged, or packed as few are.
-        """
-        if self.archive is None:
-            try:
-                if not (self.path / name).is_file():  # or a pipe, which is read for ever
-                    raise FileNotFoundError
-                with open(self.path / name, "rb") as file:
-                    return file.read(at_most)
-            except (OSError, ValueError) as error:
-                reason = type(error).__name__
-                raise FileNotFoundError(f"picture {self.path / name}: {reason}") from None
-        if (at := self.find(name)) < 0:
-            raise FileNotFoundError(f"picture {name}: not in {self.path}")
-        offset, size, method, crc = self.entries[at].tolist()
-        if method not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-            raise ValueError(
-                f"picture {name} in {self.path}: packed by method {method}; zip it "
-                "with deflate, or without compression"
-            )
+    def read(self, name: str, at_most: int = -1) -> bytes:
+        """A file's bytes, or the first `at_most` of them; FileNotFoundError or ValueError."""
+        found = self.find(name)
+        if found is None:
+            url = ": that is a URL, download it first" if re.match(r"\w+://", name) else ""
+            raise FileNotFoundError(f"picture {name}: not in {self.path}{url}")
+        if self.archive and self.process != os.getpid():
+            self.archive.fp, self.process = open(self.path, "rb"), os.getpid()
         try:
-            # A local header is 30 bytes and two strings, whose lengths are its last two fields.
-            strings = struct.unpack("<2H", os.pread(self.archive, 30, offset)[26:])
-            part = size if at_most is None else min(size, at_most)
-            data = os.pread(self.archive, part, offset + 30 + sum(strings))
-            if method == zipfile.ZIP_DEFLATED:
-                data = zlib.decompressobj(-15).decompress(data)
-        except (OSError, MemoryError, struct.error, zlib.error) as error:
+            file = self.archive.open(found) if self.archive else open(self.path / found, "rb")
+            with file:
+                return file.read(at_most)
+        except Exception as error:  # zipfile's decompressors, too
             raise ValueError(f"picture {name} in {self.path}: damaged ({error})") from None
-        if part == size and zlib.crc32(data) != crc:
-            raise ValueError(f"picture {name} in {self.path}: damaged (checksum)")
-        return data
 
 
-# --- text ---
+# --- a conversation > ids and labels ---
 
 # LLaVA's conversation templates as Jinja, to the character (llava/conversation.py): the default
-# system text and the rest. BOS stands for the model's start token, or nothing.
-_TEMPLATES = {
+# system text and the rest. The tokenizer or processor puts the first BOS in front; BOS here stands
+# for later ones, where the model has one.
+TEMPLATES = {
     "v1": (
         "A chat between a curious user and an artificial intelligence assistant. "
         "The assistant gives helpful, detailed, and polite answers to the user's questions.",
-        "{{ BOS + system + ' ' }}"
+        "{{ system + ' ' }}"
         "{%- for turn in turns -%}"
         "{%- if turn.role == 'user' -%}{{ 'USER: ' + turn.content + ' ' }}"
         "{%- else -%}{{ 'ASSISTANT: ' + turn.content + eos_token }}{%- endif -%}"
@@ -243,7 +252,7 @@ _TEMPLATES = {
         "content that the user provides, and assist the user with a variety of tasks using natural "
         "language.",
         "{%- for turn in turns -%}"
-        "{%- if turn.role == 'user' -%}{{ BOS + '[INST] ' }}"
+        "{%- if turn.role == 'user' -%}{{ ('' if loop.first else BOS) + '[INST] ' }}"
         "{%- if loop.first and system -%}{{ '<<SYS>>\n' + system + '\n<</SYS>>\n\n' }}{%- endif -%}"
         "{{ turn.content + ' [/INST]' }}"
         "{%- else -%}{{ ' ' + turn.content + ' ' + eos_token }}{%- endif -%}"
@@ -251,35 +260,39 @@ _TEMPLATES = {
     ),
     "chatml_direct": (
         "Answer the questions.",
-        "{{ BOS + '<|im_start|>system\n' + system + '<|im_end|>' }}"
+        "{{ '<|im_start|>system\n' + system + '<|im_end|>' }}"
         "{%- for turn in turns -%}"
         "{{ '<|im_start|>' + turn.role + '\n' + turn.content + '<|im_end|>' }}"
         "{%- endfor -%}"
         "{{ '<|im_start|>assistant\n' if add_generation_prompt else '' }}",
     ),
 }
-VERSIONS = ["plain", *_TEMPLATES, "own"]
+VERSIONS = ["plain", *TEMPLATES, "own"]
 
-# Prefixes of a template that make each message's content a string, or a list of parts, whichever
-# the template expects.
-_AS_STRING = (
-    "{%- set both = namespace(messages=[], text='') -%}"
+# Stands in front of any template, so that it takes contents as strings and as lists of parts, and a
+# question's only picture goes first, as in training. The second is for templates that want parts.
+AS_STRINGS = (
+    "{%- set all = namespace(messages=[], text='') -%}"
     "{%- for message in messages -%}"
-    "{%- set both.text = '' -%}"
-    "{%- set string = message.content is string -%}"
-    "{%- for part in ([{'text': message.content}] if string else message.content) -%}"
-    "{%- set both.text = both.text + ('<image>\n' if part.type == 'image' else part.text) -%}"
+    "{%- set all.text = message.content if message.content is string else '' -%}"
+    "{%- for part in ([] if message.content is string else message.content) -%}"
+    "{%- set all.text = all.text + ('<image>\n' if part.type == 'image' else part.text) -%}"
     "{%- endfor -%}"
-    "{%- set both.messages = both.messages + [dict(message, content=both.text)] -%}"
+    "{%- if message.role == 'user' and all.text.count('<image>') == 1 -%}"
+    "{%- set all.text = ('<image>\n' + all.text.replace('<image>', '').strip()).strip() -%}"
+    "{%- endif -%}"
+    "{%- set all.messages = all.messages + [dict(message, content=all.text)] -%}"
     "{%- endfor -%}"
-    "{%- set messages = both.messages -%}"
+    "{%- set messages = all.messages -%}"
 )
-_AS_PARTS = _AS_STRING.replace("content=both.text", "content=[{'type': 'text', 'text': both.text}]")
+AS_PARTS = AS_STRINGS.replace("content=all.text", "content=[{'type': 'text', 'text': all.text}]")
+
+ANOTHER = "name another template, such as --version v1"
 
 
-def chat_template(version: str, has_bos: bool) -> str:
+def named_template(version: str, has_bos: bool) -> str:
     """The Jinja template of one of LLaVA's `--version` names."""
-    system, body = _TEMPLATES[version]
+    system, body = TEMPLATES[version]
     return (
         "{%- set own = messages[0].role == 'system' -%}"
         "{%- set turns = messages[1:] if own else messages -%}"
@@ -288,27 +301,49 @@ def chat_template(version: str, has_bos: bool) -> str:
     )
 
 
+def as_llava_has_it(messages: list[dict], control: re.Pattern) -> list[dict]:
+    """The turns with a question's only picture first, as LLaVA's preprocess_multimodal puts it.
+
+    An answer loses empty lines in front: a token of the template's newline would swallow them.
+    Raises ValueError where a turn says what only templates may: </s>, or <image> in an answer. The
+    tokenizer would take it for the end of a turn, or for a picture.
+    """
+    changed = []
+    for message in messages:
+        role, content = message["role"], message["content"]
+        found = control.search(content.replace(IMAGE, " ") if role == "user" else content)
+        if found:
+            raise ValueError(f"the {role}'s text holds {found[0]}, a control string: remove it")
+        if role == "user" and content.count(IMAGE) == 1:
+            content = f"{IMAGE}\n{content.replace(IMAGE, '').strip()}".strip()
+        elif role == "assistant":
+            content = re.sub(r"\A\s*[\r\n]", "", content)
+        changed.append({"role": role, "content": content})
+    return changed
+
+
 class ChatText:
     r"""From a conversation to token ids and labels: the contract for training, chat and evaluation.
 
-    The template is rendered as a whole and the whole string is tokenized, so the ids are those that
-    `apply_chat_template` gives anyone (in two pieces where a token would straddle the edge of an
-    answer). Labels come from positions in that string, never from comparing ids:
+    The template is rendered once, for the whole conversation, and that text is tokenized once, so
+    the ids are those that `apply_chat_template` gives anyone. Labels come from positions in the
+    text, never from comparing ids; a token that starts inside an answer is learnt:
 
     <|im_start|>user\n<image>\nWhat?<|im_end|>\n<|im_start|>assistant\nA frog.<|im_end|>\n
     .......................... prompt, ignored ........................^^^^^^^^^^^^^^^^^..
                                                                        answer and end token
-    """
 
-    # Inserted after each character of a control string in a record, so that neither template nor
-    # tokenizer takes it for one; its ids are taken out again.
-    CUT = "\U0010ffff"  # no character
+    chat_template   what a model folder is given, for transformers and all that builds on it
+    stop_ids        the ids that end an answer
+    """
 
     def __init__(self, tokenizer, version: str = "own"):
         if version not in VERSIONS:
             raise ValueError(f"--version {version}: known are {', '.join(VERSIONS)}")
         if IMAGE not in tokenizer.get_added_vocab():
-            raise ValueError(f"the tokenizer has no token {IMAGE}: `model.py build` adds it")
+            raise ValueError(f"the tokenizer has no token {IMAGE}: `build.py` adds it")
+        if not tokenizer.is_fast:
+            raise ValueError(f"{type(tokenizer).__name__} is slow: it has no offsets of tokens")
         self.tokenizer, self.version, self.chat_template = tokenizer, version, None
         self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE)
         first = tokenizer("a").input_ids[:1]  # only ids tell: `add_bos_token` misleads
@@ -316,249 +351,271 @@ class ChatText:
         special = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
         control = sorted({*special, *tokenizer.all_special_tokens, IMAGE}, key=len, reverse=True)
         self.control = re.compile("|".join(map(re.escape, control)))
-        once, twice = (tokenizer(self.CUT * n, add_special_tokens=False).input_ids for n in (1, 2))
-        self.cut_ids = twice[len(once) :]
         if version == "plain":
             pieces = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
             self.stop_ids = [i for i, piece in enumerate(pieces) if "\n" in piece]
         else:
             own = tokenizer.chat_template and tokenizer.get_chat_template()  # of several, one
-            self.adopt_template(own if version == "own" else chat_template(version, bool(self.bos)))
+            self.adopt(own if version == "own" else named_template(version, bool(self.bos)))
 
-    def adopt_template(self, template: str | None):
-        """Lets it take strings and parts, refuses what cannot teach, finds what ends an answer.
+    def adopt(self, template: str | None):
+        """Has a template take strings and parts; finds what begins and what ends an answer.
 
-        `chat_template` is what a folder gets; `template` renders here, where content is a string.
+        Raises ValueError where it cannot teach, tried on a conversation of two questions.
         """
         if not template:
             raise ValueError("the model folder has no chat template: name one with --version v1")
-        probe = [
-            {"role": role, "content": text}
-            for role, text in (
-                ("user", "Q1x"),
-                ("assistant", "A1x"),
-                ("user", "Q2x"),
-                ("assistant", "A2x"),
-            )
-        ]
-        own = template.removeprefix(_AS_STRING).removeprefix(_AS_PARTS)
-        self.template = own
-        try:
-            knows_strings = "Q1x" in self.render(probe[:1])
-        except ValueError:
-            knows_strings = False
-        self.chat_template = (_AS_STRING if knows_strings else _AS_PARTS) + own
-        self.template = own if knows_strings else self.chat_template
-        text, edges = self.layout(probe)
-        ends = {self.encode(text[:end])[-1] for end in edges[1::2]}
+        template = template.removeprefix(AS_STRINGS).removeprefix(AS_PARTS)
+        said = [("user", "Q1x"), ("assistant", "A1x"), ("user", "Q2x"), ("assistant", "A2x")]
+        probe = [{"role": role, "content": content} for role, content in said]
+        asked = ""
+        for prefix in (AS_STRINGS, AS_PARTS):
+            self.chat_template = prefix + template
+            with contextlib.suppress(ValueError):  # one that wants parts may refuse a string
+                asked = self.render(probe[:1], prompt=True)
+            if "Q1x" in asked:
+                break
+        self.begin = asked.partition("Q1x")[2]  # stands between a question and its answer
+        ids, labels = self.ids_and_labels(probe)
+        for n in (1, 3):
+            prompt, _ = self.ids_and_labels(probe[:n], prompt=True)
+            seen, learnt = labels[: len(prompt)], labels[len(prompt)]
+            if ids[: len(prompt)] != prompt or seen[-1] != IGNORE or learnt == IGNORE:
+                raise ValueError(
+                    "the chat template's generation prompt ends within an answer's first token, as "
+                    f"with a space at its end: {ANOTHER}"
+                )
+        ends = {i for i, after in zip(labels, [*labels[1:], IGNORE]) if after == IGNORE != i}
         self.stop_ids = sorted(ends | {self.tokenizer.eos_token_id} - {None})
 
     def render(self, messages: list[dict], prompt: bool = False) -> str:
         """The template's text for `messages`; with `prompt` it ends where an answer begins."""
+        options = {"chat_template": self.chat_template, "add_generation_prompt": prompt}
         try:
-            return self.tokenizer.apply_chat_template(
-                messages, chat_template=self.template, tokenize=False, add_generation_prompt=prompt
-            )
+            return self.tokenizer.apply_chat_template(messages, tokenize=False, **options)
         except Exception as error:  # a template is a program
             raise ValueError(f"the chat template refuses this conversation: {error}") from None
-
-    def layout(self, messages: list[dict], prompt: bool = False) -> tuple[str, list[int]]:
-        """The rendered text, and where answers begin and end in it: (text, [from, to, from ..])."""
-        if self.version == "plain":
-            if len(messages) != 2 or messages[0]["content"].count(IMAGE) != 1:
-                raise ValueError(
-                    "--version plain takes one human and one gpt turn with one "
-                    "picture: name another template"
-                )
-            text = IMAGE + messages[1]["content"] + "\n"
-            return text, [len(IMAGE), len(text)]
-        text, edges = self.render(messages, prompt), []
-        for k, message in enumerate(messages):
-            content = message["content"].strip()
-            if message["role"] == "assistant":
-                before = self.render(messages[:k], prompt=True)
-                if not text.startswith(before):
-                    raise ValueError(
-                        "the chat template's generation prompt does not begin its "
-                        "rendering of an answer: name another with --version v1"
-                    )
-                end = self.control.search(text, len(before))
-                if not end:
-                    raise ValueError(
-                        "the chat template puts no end token after an answer, so the "
-                        "model would never learn to stop: name another with "
-                        "--version v1"
-                    )
-                if not text[len(before) : end.start()].rstrip().endswith(content):
-                    raise ValueError(
-                        "the chat template changes an answer, or puts no end token "
-                        "after it: name another with --version v1"
-                    )
-                edges += [len(before), end.end()]
-            elif content not in text:
-                raise ValueError(
-                    f"the chat template drops the {message['role']} turn: remove it, "
-                    "or name another template with --version v1"
-                )
-        return text, edges
 
     def ids_and_labels(self, messages: list[dict], prompt: bool = False) -> tuple[list, list]:
         """Token ids (t,) with one <image> id for each picture, and labels (t,): the id, or -100.
 
-        They grow together, from edge to edge, so a prompt's ids always begin the ids of any
-        conversation that it begins.
+        With `prompt` they end where an answer begins, and there are no labels.
         """
-        text, edges = self.layout([{**m, "content": self.protect(m)} for m in messages], prompt)
-        ids, labels, start = [], [], 0
-        for k, end in enumerate([*edges, len(text)]):
-            whole = self.encode(text[:end])
-            if whole[: len(ids)] == ids:
-                ids = whole
-            else:  # a token would straddle the edge: the rest by itself, as if in mid-text
-                ids = ids + self.encode(self.CUT + text[start:end])[len(self.encode(self.CUT)) :]
-            labels += ids[len(labels) :] if k % 2 else [IGNORE] * (len(ids) - len(labels))
-            start = end
-        return ids, labels
+        messages = as_llava_has_it(messages, self.control)
+        if self.version == "plain":
+            text, answers = self.caption(messages)
+        else:
+            text = self.render(messages, prompt)
+            answers = [] if prompt else self.find_answers(text, messages)
+        tokens = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        labels, answers = [], iter([*answers, (math.inf, math.inf)])
+        first, last = next(answers)
+        for i, (start, end) in zip(tokens.input_ids, tokens.offset_mapping):
+            while start >= last:
+                first, last = next(answers)
+            if start < first < end and text[first:end].strip():
+                raise ValueError(f"{text[start:end]!r} is one token, half an answer's: {ANOTHER}")
+            labels.append(i if first <= start else IGNORE)
+        bos = [] if tokens.input_ids[:1] == self.bos else self.bos
+        return bos + tokens.input_ids, [IGNORE] * len(bos) + labels
 
-    def encode(self, text: str) -> list[int]:
-        """The tokenizer's ids, with one start token where the model has one, and without cuts."""
-        ids = self.tokenizer(text, add_special_tokens=False).input_ids
-        ids = ids if ids[:1] == self.bos else self.bos + ids
-        if cuts := text.count(self.CUT):
-            as_text, cut = "".join(map(chr, ids)), "".join(map(chr, self.cut_ids))
-            if not cut or as_text.count(cut) != cuts:
+    def caption(self, messages: list[dict]) -> tuple[str, list[tuple]]:
+        """The text of `plain`, for pictures and captions: the question is left out."""
+        if len(messages) != 2 or messages[0]["content"].count(IMAGE) != 1:
+            raise ValueError(
+                f"--version plain takes one human and one gpt turn with one picture: {ANOTHER}"
+            )
+        text = IMAGE + messages[1]["content"] + "\n"
+        return text, [(len(IMAGE), len(text))]
+
+    def find_answers(self, text: str, messages: list[dict]) -> list[tuple]:
+        """Where each answer begins and ends, its end token included, in the rendered text.
+
+        Walked along once, turn by turn: an answer begins behind its question and what stands there
+        in a generation prompt, and ends with the first control string that follows.
+        """
+        at, answers = 0, []
+        for n, (role, content) in enumerate(message.values() for message in messages):
+            said = content.strip()  # many templates strip
+            if role == "assistant":
+                end = self.control.search(text, at)
+                shown = text[at : end.start()] if end else text[at:]
+                if not end or not shown.rstrip().endswith(said):
+                    raise ValueError(
+                        f"the chat template makes {shown[:60]!r} of the answer {said[:60]!r}, or "
+                        f"puts no end token after it: {ANOTHER}"
+                    )
+                answers.append((at, end.end()))
+                at = end.end()
+                continue
+            place = text.find(said, at)
+            if place < 0:
                 raise ValueError(
-                    "this tokenizer cannot encode a control string (</s>, <image> ..) "
-                    "as plain text: remove it from the row"
+                    f"the chat template drops the {role} turn: remove it, or {ANOTHER}"
                 )
-            ids = list(map(ord, as_text.replace(cut, "")))
-        return ids
-
-    def protect(self, message: dict) -> str:
-        """The text of a turn with every control string cut, but for a human's <image>."""
-        if re.search("[\ud800-\udfff\U0010ffff]", message["content"]):
-            raise ValueError(
-                "the text has half a surrogate pair or U+10FFFF in it, which is no "
-                "character: remove it"
-            )
-        keep = IMAGE if message["role"] == "user" else None
-        return self.control.sub(
-            lambda m: m[0] if m[0] == keep else self.CUT.join([*m[0], ""]), message["content"]
-        )
+            at = place + len(said)
+            if role == "user":
+                at = text.find(self.begin, at) + len(self.begin)
+                if at < len(self.begin):
+                    raise ValueError(
+                        "the chat template's generation prompt does not begin its rendering of an "
+                        f"answer: {ANOTHER}"
+                    )
+            elif text.find(messages[n + 1]["content"].strip(), at) < 0:
+                at = 0  # Mistral's puts the system's text before the last question
+        return answers
 
 
-# --- records ---
+# --- a row > turns and the names of its pictures ---
+
+ROW = (
+    '{"image": "a.jpg", "conversations": [{"from": "human", "value": "<image>\\nWhat is it?"}, '
+    '{"from": "gpt", "value": "A frog."}]}'
+)
+ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant"}
+ROLES["system"] = "system"
+NOT_READ = ["video", "videos", "audio", "audios"]
+MISNAMED = ["image_path", "image_paths", "image_file", "image_url", "image_urls", "img", "picture"]
 
 
-ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
+def turns_of(row: dict) -> list[dict]:
+    """The turns under `conversations` (LLaVA, ShareGPT) or `messages` (TRL, LLaMA-Factory), with a
+    system turn first where the row has `system`.
+    """
+    turns = row.get("conversations") or row.get("messages") if isinstance(row, dict) else None
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        raise ValueError(f"expected a row such as {ROW}, or one with messages")
+    system = [{"role": "system", "content": row["system"]}] if row.get("system") else []
+    return system + turns
 
 
-def parse_record(row: dict) -> tuple[list[dict], list[str]]:
-    """The turns as {role, content} and the pictures' names; ValueError, with the fix, if wrong."""
-    turns = row.get("conversations") if isinstance(row, dict) else None
-    if not isinstance(turns, list) or not all(
-        isinstance(t, dict) and isinstance(t.get("value"), str) for t in turns
-    ):
-        raise ValueError(
-            'expected {"id", "image", "conversations": [{"from": "human" or "gpt", '
-            '"value": "..."}, ...]}'
-        )
-    for turn in turns:
-        if turn.get("from") not in list(ROLES):  # a list takes what has no hash, too
-            raise ValueError(
-                f'"from": {turn.get("from")!r} is no role: use human and gpt (and system, first)'
-            )
-    messages = [{"role": ROLES[t["from"]], "content": t["value"]} for t in turns]
-    first = int(bool(messages) and messages[0]["role"] == "system")
-    for i, message in enumerate(messages[first:]):
-        if message["role"] != ("user", "assistant")[i % 2]:
-            raise ValueError(
-                f"turn {first + i + 1} is {turns[first + i]['from']}'s: human and gpt "
-                "must alternate, human first"
-            )
-    if messages and messages[-1]["role"] == "user":  # a question without an answer teaches nothing
-        messages.pop()
-    if len(messages) == first:
-        raise ValueError("there is no gpt turn, so there is nothing to learn: add an answer")
-    images = image_list(row)
-    if not all(isinstance(name, str) for name in images):
-        raise ValueError('"image" is neither a file name nor a list of file names')
-    count = sum(m["content"].count(IMAGE) for m in messages if m["role"] == "user")
-    if count != len(images):
-        raise ValueError(
-            f"{len(images)} picture(s) but {count} {IMAGE} in the human turns: write "
-            f'one {IMAGE} where each picture belongs, and name each in "image"'
-        )
-    return messages, images
+def read_content(content) -> tuple[str | None, list[str]]:
+    """What a turn says, and the pictures that it names: a string, or parts, joined as the templates
+    that we save join them; None where it is neither.
+    """
+    if isinstance(content, str):
+        return content, []
+    text, names = "", []
+    try:
+        for part in content:
+            image = part["type"] == "image"
+            text += f"{IMAGE}\n" if image else part["text"]
+            names += [part[key] for key in ("image", "path", "url") if image and part.get(key)]
+    except (TypeError, KeyError):
+        return None, []
+    return text, names
 
 
 def image_list(row: dict) -> list[str]:
-    images = row.get("image")
-    return [] if images is None else images if isinstance(images, list) else [images]
+    """The names of a row's pictures, under `image` or `images` or in the parts of its turns."""
+    names = []
+    for found in (row.get("image"), row.get("images")):
+        names += found if isinstance(found, list) else [] if found is None else [found]
+    for turn in turns_of(row):
+        names += read_content(turn.get("content"))[1]
+    return names
 
 
-def read_rows(path: Path):
-    """Yields (row, its JSON text) of a .json or .jsonl file; ValueError names the wrong line.
+def parse_record(row: dict) -> tuple[list[dict], list[str]]:
+    """The turns as {role, content} and the pictures' names; ValueError, with the fix, if wrong.
 
-    Rows are parsed one by one: as Python objects, all at once, they would take many times the room.
+    A gpt turn before the first question is dropped, as LLaVA does, and so is a last question.
     """
+    turns = []
+    for n, turn in enumerate(turns_of(row), 1):
+        content, _ = read_content(turn.get("value", turn.get("content")))
+        turns.append((n, ROLES.get(str(turn.get("from", turn.get("role")))), content))
+    first = int(turns[0][1] == "system")
+    if len(turns) > first and turns[first][1] == "assistant":
+        del turns[first]
+    if turns and turns[-1][1] == "user":  # a question without an answer teaches nothing
+        turns.pop()
+    pictures = image_list(row)
+    check_row(row, turns, pictures)
+    return [{"role": role, "content": content} for _, role, content in turns], pictures
+
+
+def check_row(row: dict, turns: list[tuple], pictures: list):
+    """Raises ValueError for what would be wrong in silence, and what people really get wrong."""
+    talk = turns[1:] if turns and turns[0][1] == "system" else turns
+    due = ["user", "assistant"] * len(talk)
+    wanted = sum(str(said).count(IMAGE) for _, role, said in turns if role == "user")
+    nobodys = [n for n, role, _ in turns if role is None]
+    wordless = [n for n, _, said in turns if said is None]
+    unexpected = [n for (n, role, _), other in zip(talk, due) if role != other]
+    halves = [n for n, _, said in turns if re.search("[\ud800-\udfff]", str(said))]
+    not_read = [key for key in NOT_READ if row.get(key)]
+    misnamed = [key for key in MISNAMED if row.get(key) and not pictures]
+    nameless = [repr(name) for name in pictures if not (name and isinstance(name, str))]
+    # What is wrong, empty where all is well, and what to say of the first.
+    faults = [
+        (nobodys, "turn %s: write who speaks, human and gpt or user and assistant (system first)"),
+        (wordless, "turn %s: what is said is neither a string nor parts of type text or image"),
+        (unexpected, "turn %s: human and gpt must alternate, human first"),
+        ([] if talk else ["gpt"], "there is no %s turn, so nothing to learn: add an answer"),
+        (halves, "turn %s: half a surrogate pair, which is no character: remove it"),
+        (not_read, '"%s" would be ignored, as only pictures are read: remove it or the row'),
+        (misnamed, '"%s" would be ignored: call it "image"'),
+        (nameless, '"image" is %s, neither a file name nor a list of them: mend or remove it'),
+        (
+            [len(pictures)] if len(pictures) != wanted else [],
+            f"%s picture(s) but {wanted} {IMAGE} in the human turns: write one {IMAGE} where each "
+            'picture belongs, and name each in "image"',
+        ),
+    ]
+    for wrong, text in faults:
+        if wrong:
+            raise ValueError(text % wrong[0])
+
+
+def read_rows(path: Path) -> list:
+    """The rows of a file: a JSON list, or one object a line; ValueError names the wrong line."""
     if not path.is_file():
         raise FileNotFoundError(f"--data_path {path}: no such file")
-    content, line = path.read_bytes(), 0
+    content, rows, line = path.read_bytes(), [], 1
     try:
-        if path.suffix == ".jsonl":
-            for line, text in enumerate(content.split(b"\n")):
-                if text.strip():
-                    yield json.loads(text), text
-        else:
-            yield from read_list(content.decode(json.detect_encoding(content), "surrogatepass"))
-    except (ValueError, RecursionError) as error:  # or not UTF-8, or beyond Python's limits
-        line, reason = line + getattr(error, "lineno", 1), getattr(error, "msg", error)
-        if isinstance(error, UnicodeDecodeError) and path.suffix != ".jsonl":
-            line += content.count(b"\n", 0, error.start)
-        raise ValueError(f"{path}: line {line}: not JSON rows ({reason})") from None
-
-
-def read_list(text: str):
-    """Yields (value, its own text) of a JSON list, as strict as json.loads."""
-    decode = json.JSONDecoder().raw_decode
-    space = "[ \t\n\r]*"
-    separator = re.compile(rf"{space}(?:,{space}|(\]{space}\Z))").match  # group 1: it was the last
-    found = re.match(rf"{space}\[{space}(\]{space}\Z)?", text)
-    if not found:
-        raise ValueError(f"expected a list of rows, found {type(json.loads(text)).__name__}")
-    while not found[1]:
-        value, end = decode(text, found.end())
-        yield value, text[found.end() : end].encode("utf-8", "surrogatepass")
-        found = separator(text, end)
-        if not found:
-            raise json.JSONDecodeError("expected a comma, or ] and the end", text, end)
-
-
-def text_bytes(row) -> int:
-    """The bytes of a row's turns; 0 where it is wrong, which is not for here to say."""
-    try:
-        return sum(len(turn["value"].encode("utf-8", "replace")) for turn in row["conversations"])
-    except (TypeError, KeyError, AttributeError):
-        return 0
+        if content.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"[":
+            return json.loads(content)
+        for line, text in enumerate(content.split(b"\n"), 1):
+            if text.strip():
+                rows.append(json.loads(text))
+        return rows
+    except ValueError as error:  # not JSON, or not UTF-8
+        before = content[: error.start] if isinstance(error, UnicodeDecodeError) else b""
+        line += getattr(error, "lineno", 1) - 1 + before.count(b"\n")
+        reason = getattr(error, "msg", error)
+    raise ValueError(
+        f"{path}: line {line}: not JSON ({reason}); wanted is a list, or one a line, of rows such "
+        f"as {ROW}"
+    )
 
 
 class Records:
-    """The rows of a .json or .jsonl file, packed in one buffer.
+    """The rows of a .json or .jsonl file, encoded again into one buffer.
 
-    Worker processes share a buffer for good; a list of dicts they would copy page by page, because
-    reading a Python object writes its reference count. `lengths` estimates each row's tokens, four
-    bytes of text to one, for the sampler.
+    Forked workers share a buffer for good; a list of dicts they would copy page by page, because
+    reading a Python object writes its reference count.
+
+    lengths       estimates of each row's tokens, four bytes of text to one, for the order of rows
+    has_picture   whether a row has pictures
+    bad_rows      numbers of those that are wrong, or say what only the template may (`control`)
     """
 
-    def __init__(self, path: str | Path, tokens_per_picture: int = 576):
+    def __init__(self, path: str | Path, tokens_per_picture: int = 576, control=None):
         self.path = Path(path)
-        buffer, ends, lengths, pictures = bytearray(), [], [], []
-        for row, text in read_rows(self.path):
-            images = len(image_list(row)) if isinstance(row, dict) else 0
-            lengths.append(text_bytes(row) // 4 + images * tokens_per_picture)
-            pictures.append(images > 0)
-            buffer += text
+        buffer, ends, lengths, pictures, self.bad_rows = bytearray(), [], [], [], []
+        for i, row in enumerate(read_rows(self.path)):
+            try:
+                messages, names = parse_record(row)
+                if control:
+                    as_llava_has_it(messages, control)
+            except ValueError:  # raised again where the row is loaded
+                messages, names = [], []
+                self.bad_rows.append(i)
+            text = sum(len(message["content"].encode()) for message in messages)
+            lengths.append(text // 4 + len(names) * tokens_per_picture)
+            pictures.append(len(names) > 0)
+            buffer += json.dumps(row, ensure_ascii=False).encode("utf-8", "surrogatepass")
             ends.append(len(buffer))
         if not ends:
             raise ValueError(f"{self.path}: no rows")
@@ -572,14 +629,13 @@ class Records:
         return json.loads(self.buffer[self.ends[i - 1] if i else 0 : self.ends[i]].tobytes())
 
     def where(self, i: int) -> str:
-        try:
-            name = f" (id {self[i].get('id')})"
-        except (AttributeError, RecursionError):  # no object, or nested too deep to be read here
-            name = ""
+        """The file, the number of a row, and its id if it has one."""
+        row = self[i]
+        name = f" (id {row['id']})" if isinstance(row, dict) and "id" in row else ""
         return f"{self.path}: row {i}{name.encode('utf-8', 'backslashreplace').decode()}"
 
 
-# --- rows and batches ---
+# --- rows > a batch ---
 
 
 class LlavaDataset(torch.utils.data.Dataset):
@@ -596,14 +652,7 @@ class LlavaDataset(torch.utils.data.Dataset):
     """
 
     def __init__(
-        self,
-        records,
-        pictures,
-        text,
-        transform,
-        tokens_per_picture,
-        max_length=2048,
-        on_bad_record="stop",
+        self, records, pictures, text, transform, tokens_per_picture, max_length, on_bad_record
     ):
         self.records, self.pictures, self.text, self.transform = records, pictures, text, transform
         self.tokens_per_picture, self.max_length = tokens_per_picture, max_length
@@ -617,15 +666,22 @@ class LlavaDataset(torch.utils.data.Dataset):
         if i >= 0:
             try:
                 return self.load(i)
-            except (ValueError, FileNotFoundError, RecursionError) as error:
+            except (ValueError, OSError) as error:
                 fault = f"{self.records.where(i)}: {error}"
             if self.on_bad_record == "stop":
                 raise ValueError(fault)
         return self.item(i, [0], [IGNORE], [], fault=fault)
 
+    def load(self, i: int) -> dict:
+        messages, names = parse_record(self.records[i])
+        ids, labels = self.text.ids_and_labels(messages)
+        keep = self.fit(ids, labels)
+        pixels = [self.transform(decode_picture(self.pictures.read(name), name)) for name in names]
+        return self.item(i, ids[:keep], labels[:keep], pixels, cut=len(ids) - keep)
+
     def item(self, i: int, ids, labels, pixels, cut: int = 0, fault: str | None = None) -> dict:
         size = self.transform.size
-        pixels = np.array(pixels, np.float32).reshape(-1, 3, size, size)  # n may be 0
+        pixels = np.array(pixels, np.float32).reshape(-1, 3, size, size)  # (n, 3, S, S), n may be 0
         return {
             "input_ids": torch.tensor(ids),
             "labels": torch.tensor(labels),
@@ -635,13 +691,6 @@ class LlavaDataset(torch.utils.data.Dataset):
             "fault": fault,
         }
 
-    def load(self, i: int) -> dict:
-        messages, names = parse_record(self.records[i])
-        ids, labels = self.text.ids_and_labels(messages)
-        keep = self.fit(ids, labels)
-        pixels = [self.transform(decode_picture(self.pictures.read(name), name)) for name in names]
-        return self.item(i, ids[:keep], labels[:keep], pixels, cut=len(ids) - keep)
-
     def fit(self, ids: list[int], labels: list[int]) -> int:
         """How many ids fit into `max_length`. What is cut off is the end, wherever that falls, but
         all pictures and at least one label must stay, else a ValueError.
@@ -649,67 +698,46 @@ class LlavaDataset(torch.utils.data.Dataset):
         widths = np.where(np.array(ids) == self.image_token_id, self.tokens_per_picture, 1).cumsum()
         keep = int((widths <= self.max_length).sum())
         if self.image_token_id in ids[keep:]:
-            raise ValueError(
-                f"the row has {widths[-1]} tokens, and --model_max_length "
-                f"{self.max_length} would cut off a picture: raise it"
-            )
-        if all(label == IGNORE for label in labels[:keep]):
-            raise ValueError(
-                f"the row has {widths[-1]} tokens, and nothing is left to learn from "
-                f"at --model_max_length {self.max_length}: raise it"
-            )
-        return keep
-
-
-def open_files(data_path, image_folder, tokens_per_picture=576):
-    """The records, and the pictures (None where no row has any)."""
-    records = Records(data_path, tokens_per_picture)
-    if records.has_picture.any() and not image_folder:
-        raise ValueError(f"{data_path} has pictures: say where with --image_folder")
-    return records, Pictures(image_folder) if image_folder else None
+            lost = "would cut off a picture"
+        elif all(label == IGNORE for label in labels[:keep]):
+            lost = "would leave nothing to learn from"
+        else:
+            return keep
+        limit = f"--model_max_length {self.max_length}"
+        raise ValueError(f"the row has {widths[-1]} tokens, and {limit} {lost}: raise it")
 
 
 def open_dataset(
     data_path,
     image_folder,
-    model_folder,
+    folder,
+    config,
+    tokenizer,
     version="own",
     aspect_ratio=None,
     max_length=2048,
     on_bad_record="stop",
     text=None,
 ) -> LlavaDataset:
-    """The rows of a file as a model's folder wants them: its template, its pictures, its counts."""
-    if not (Path(model_folder) / "config.json").is_file():
-        raise FileNotFoundError(f"--model_name_or_path {model_folder}: no config.json there")
-    try:
-        config = AutoConfig.from_pretrained(model_folder)
-    except Exception as error:  # its checks, too, raise nearly anything
+    """The rows of a file as a model's folder wants them: its template, its pictures, its counts.
+
+    `config` is the folder's LlavaConfig; `text`, where there is one already, is used as it is.
+    """
+    text = text or ChatText(tokenizer, version)
+    if text.image_token_id != config.image_token_id:
         raise ValueError(
-            f"--model_name_or_path {model_folder}/config.json: {' '.join(str(error).split())}"
-        ) from None
-    if config.model_type != "llava":
-        raise ValueError(
-            f"--model_name_or_path {model_folder}: not a LLaVA folder, but "
-            f"{config.model_type}: make one with `model.py build`"
+            f"{folder}: {IMAGE} is {text.image_token_id} for the tokenizer, but "
+            f"{config.image_token_id} in config.json"
         )
     vision = config.vision_config  # one token for each patch, and CLIP's CLS where it is kept
     tokens_per_picture = (vision.image_size // vision.patch_size) ** 2
     tokens_per_picture += vision.model_type == "clip_vision_model"
     tokens_per_picture -= config.vision_feature_select_strategy == "default"
-    records, pictures = open_files(data_path, image_folder, tokens_per_picture)
-    if not text:
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(model_folder)
-        except Exception as error:  # as above
-            raise ValueError(f"{model_folder}: its tokenizer cannot be read ({error!r})") from None
-        text = ChatText(tokenizer, version)
-    if text.image_token_id != config.image_token_id:
-        raise ValueError(
-            f"{model_folder}: {IMAGE} is {text.image_token_id} for the tokenizer, but "
-            f"{config.image_token_id} in config.json"
-        )
-    transform = PictureTransform.from_pretrained(model_folder, aspect_ratio)
+    transform = PictureTransform.from_pretrained(folder, aspect_ratio)
+    records = Records(data_path, tokens_per_picture, text.control)
+    if records.has_picture.any() and not image_folder:
+        raise ValueError(f"{data_path} has pictures: say where with --image_folder")
+    pictures = Pictures(image_folder) if image_folder else None
     return LlavaDataset(
         records, pictures, text, transform, tokens_per_picture, max_length, on_bad_record
     )
@@ -719,8 +747,8 @@ class Collator:
     """Makes a batch: each <image> id becomes `tokens_per_picture`, rows are padded on the right.
 
     input_ids, labels (B, T) int64; pixel_values (N, 3, S, S), in the order of the <image> ids.
-    There is no attention mask: causal attention never looks at what comes after, and what stands in
-    padded positions has no label.
+    Of a row nothing else is needed. There is no attention mask: causal attention never looks at
+    what comes after, and what stands in padded positions has no label.
     """
 
     def __init__(self, image_token_id: int, tokens_per_picture: int):
@@ -729,22 +757,25 @@ class Collator:
     def __call__(self, rows: list[dict]) -> dict:
         input_ids, labels = [], []
         for row in rows:
-            is_image = row["input_ids"] == self.image_token_id
+            is_image = row["input_ids"] == self.image_token_id  # (t,)
             wanted, given = int(is_image.sum()), len(row["pixel_values"])
-            assert wanted == given, f"row {row['row']}: {wanted} {IMAGE} ids for {given} pictures"
+            assert wanted == given, f"row {row.get('row')}: {wanted} <image> for {given} pictures"
             times = torch.where(is_image, self.tokens_per_picture, 1)
             input_ids.append(row["input_ids"].repeat_interleave(times))  # (T,)
             labels.append(row["labels"].repeat_interleave(times))  # (T,), -100 at pictures
         pad = torch.nn.utils.rnn.pad_sequence
         return {
             "input_ids": pad(input_ids, batch_first=True),  # (B, T)
-            "labels": pad(labels, batch_first=True, padding_value=IGNORE),  # (B, T)
+            "labels": pad(labels, batch_first=True, padding_value=-100),  # (B, T)
             "pixel_values": torch.cat([row["pixel_values"] for row in rows]),  # (N, 3, S, S)
             "lengths": [len(ids) for ids in input_ids],
-            "rows": [row["row"] for row in rows],
-            "cut": sum(row["cut"] > 0 for row in rows),
-            "faults": [row["fault"] for row in rows if row["fault"]],
+            "rows": [row.get("row") for row in rows],
+            "cut": sum(row.get("cut", 0) > 0 for row in rows),
+            "faults": [row["fault"] for row in rows if row.get("fault")],
         }
+
+
+# --- the order of rows ---
 
 
 def plan_epoch(lengths, has_picture, global_batch: int, seed: int, epoch: int, by_modality: bool):
@@ -785,559 +816,58 @@ def micro_batches(steps: np.ndarray, accumulation: int, world: int, rank: int, s
     return rows.reshape(-1, micro).tolist()
 
 
-# --- commands ---
+def loader(dataset, batches: list, collate, workers: int, pin_memory: bool = False):
+    """Batches, prepared by worker processes that are forked, so they share the rows with this one.
 
-
-COLOURS = {
-    "red": (214, 40, 40),
-    "green": (50, 160, 60),
-    "blue": (40, 80, 210),
-    "yellow": (215, 180, 20),
-}
-SIZES = {"tiny": 14, "small": 21, "large": 30, "huge": 40}  # radius in pixels
-SHAPES = {  # corners, for a radius of 1
-    "circle": [],
-    "ring": [],
-    "triangle": [(0, -1), (0.95, 0.8), (-0.95, 0.8)],
-    "bar": [(-1, -0.4), (1, -0.4), (1, 0.4), (-1, 0.4)],
-}
-NUMBERS = ["one", "two", "three", "four"]
-POSITIONS = ["top left", "top right", "bottom left", "bottom right"]
-QUESTIONS = {
-    "colour": ["What colour are the shapes?", "Which colour do you see?"],
-    "shape": ["What shape is shown?", "Which shape do you see?"],
-    "size": ["What size are the shapes?", "How big are the shapes?"],
-    "position": ["Where are the shapes?", "In which corner are the shapes?"],
-    "number": ["How many shapes are there?", "Count the shapes."],
-}
-COMPARISONS = {
-    "colour": "In which picture are the shapes {}?",
-    "shape": "Which picture has a {}?",
-    "position": "In which picture are the shapes in the {}?",
-}
-
-
-class ToyWorld:
-    """Pictures of shapes, words about them and questions: what the built-in recipe trains on.
-
-    A scene is a few shapes, all alike, in one corner. Each answer to a question of one kind is as
-    likely as the others and says nothing about other kinds, so what a model gets right beyond a
-    guess, it has seen.
+    They hand them over in /dev/shm, each two in advance. Where that is too small (Docker's default
+    is 64 MB) the run would hang: then this process prepares them.
     """
-
-    def __init__(self, folder: Path, seed: int):
-        self.folder, self.rng, self.count, self.deck = folder, random.Random(seed), 0, []
-
-    def scene(self) -> dict:
-        choices = {
-            "colour": list(COLOURS),
-            "shape": list(SHAPES),
-            "size": list(SIZES),
-            "position": POSITIONS,
-            "number": NUMBERS,
-        }
-        return {kind: self.rng.choice(answers) for kind, answers in choices.items()}
-
-    def words(self, scene: dict) -> str:
-        ending = "" if scene["number"] == "one" else "s"
-        return "{number} {size} {colour} {shape}{ending} in the {position}".format(
-            ending=ending, **scene
-        )
-
-    def shapes(self, scene: dict) -> list[tuple]:
-        """What to draw: (shape, colour, size, column, row of 4 x 4) each."""
-        corner, count = POSITIONS.index(scene["position"]), 1 + NUMBERS.index(scene["number"])
-        cells = [(x + 2 * (corner % 2), y + 2 * (corner // 2)) for y in (0, 1) for x in (0, 1)]
-        return [(scene["shape"], scene["colour"], scene["size"], *cell) for cell in cells[:count]]
-
-    def draw(self, shapes: list[tuple]) -> str:
-        """Writes a picture of shapes; its file name."""
-        image = Image.new("RGB", (336, 336), (self.rng.randint(225, 255),) * 3)
-        pen = ImageDraw.Draw(image)
-        for shape, colour, size, *cell in shapes:
-            radius = SIZES[size]
-            free = min(8, 42 - radius)
-            x, y = (84 * c + 42 + self.rng.uniform(-free, free) for c in cell)
-            box = (x - radius, y - radius, x + radius, y + radius)
-            if shape == "circle":
-                pen.ellipse(box, fill=COLOURS[colour])
-            elif shape == "ring":
-                pen.ellipse(box, outline=COLOURS[colour], width=round(0.45 * radius))
-            else:
-                corners = [(x + dx * radius, y + dy * radius) for dx, dy in SHAPES[shape]]
-                pen.polygon(corners, fill=COLOURS[colour])
-        self.count += 1
-        name = f"{self.count:06d}.png"
-        image.save(self.folder / "images" / name, compress_level=1)
-        return name
-
-    # Each of these gives (descriptions, shapes of each picture, [(kind, question, answer)]).
-
-    def one(self):
-        scene, kinds = self.scene(), self.rng.sample(list(QUESTIONS), len(QUESTIONS))
-        asked = [(kind, self.rng.choice(QUESTIONS[kind]), scene[kind]) for kind in kinds]
-        return [self.words(scene)], [self.shapes(scene)], asked
-
-    def two(self):
-        scenes, asked = (self.scene(), self.scene()), []
-        for kind in self.rng.sample(list(COMPARISONS), len(COMPARISONS)):
-            which = self.rng.randrange(2)
-            if scenes[0][kind] != scenes[1][kind]:
-                question = COMPARISONS[kind].format(scenes[which][kind])
-                asked.append(("comparison", question, ("first", "second")[which]))
-        if not asked:  # the two are alike
-            return self.two()
-        return [self.words(scene) for scene in scenes], list(map(self.shapes, scenes)), asked
-
-    def relation(self):
-        (a, b), (red, blue) = (self.rng.sample(list(x), 2) for x in (SHAPES, COLOURS))
-        where, line = self.rng.choice(["left", "right", "above", "below"]), self.rng.randrange(4)
-        cells = [(0, line), (3, line)] if where in ("left", "right") else [(line, 0), (line, 3)]
-        cells = cells if where in ("left", "above") else cells[::-1]
-        words = f"a {red} {a} and a {blue} {b}, the {a} {where}"
-        shapes = [(a, red, "large", *cells[0]), (b, blue, "large", *cells[1])]
-        return [words], [shapes], [("relation", f"Where is the {a}, seen from the {b}?", where)]
-
-    def row(self, asked: list[tuple], pictures: list, words: str = "") -> dict:
-        """A record: pictures, or words, then questions and answers."""
-        images = [self.draw(shapes) for shapes in pictures]
-        turns = [
-            {"from": who, "value": said}
-            for _, *turn in asked
-            for who, said in zip(("human", "gpt"), turn)
+    if workers and batches and os.path.isdir("/dev/shm"):
+        rows = [
+            dataset[batch[0]] for batch in (batches[0], batches[len(batches) // 2], batches[-1])
         ]
-        turns[0]["value"] = f"{IMAGE}\n" * len(images) + words + turns[0]["value"]
-        image = {"image": images[0] if len(images) == 1 else images} if images else {}
-        return {
-            "id": f"{self.rng.getrandbits(40):010x}",
-            **image,
-            "conversations": turns,
-            "kinds": [kind for kind, *_ in asked],
-        }
-
-    def reading(self) -> dict:
-        """Scenes in words, or the loose words of one, and questions: for who cannot read yet."""
-        make = self.rng.choices([self.one, self.two, self.relation], [7, 2, 1])[0]
-        words, _, asked = make()
-        if make == self.one and self.rng.random() < 0.7:
-            facts = [answer for _, _, answer in self.rng.sample(asked, len(asked))]
-            asked = [("caption", "Describe the picture.", words[0])] * self.rng.randrange(2) + asked
-            words = [" ".join(f" {fact}" for fact in facts)]
-        asked = [("reading", *turn) for _, *turn in asked]  # no picture is needed for these
-        return self.row(asked, [], "".join(f"{line}\n" for line in words))
-
-    def caption(self) -> dict:
-        words, pictures, _ = self.one()
-        return self.row([("caption", "Describe the picture.", words[0])], pictures)
-
-    def instruction(self) -> dict:
-        """As in visual instruction tuning: mostly one picture and several questions about it."""
-        if not self.deck:  # so the shares hold in every 100 rows
-            kinds = [self.one, self.two, self.relation, None]
-            self.deck = self.rng.sample(kinds, counts=[79, 12, 4, 5], k=100)
-        make = self.deck.pop()
-        if make is None:
-            return self.reading()
-        _, pictures, asked = make()
-        return self.row(asked, pictures)
-
-
-def toy_words(rows: int = 1000) -> list[str]:
-    """What the toy world says, for a tokenizer to learn its vocabulary from."""
-    world = ToyWorld(Path(), seed=0)
-    said = [turn["value"] for _ in range(rows) for turn in world.reading()["conversations"]]
-    return ["user", "assistant"] * rows + said
-
-
-def toy(out: Path, scenes: int, seed: int):
-    """Writes the built-in data: three sets of rows, `scenes` in the largest, each with a held-out
-    one of 160.
-    """
-    if os.path.lexists(out):
-        raise ValueError(f"--out {out}: exists already; name a new folder")
-    part = out.with_name(out.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    (part / "images").mkdir(parents=True)
-    world = ToyWorld(part, seed)
-    sets = {}
-    for name, make, count in (
-        ("reading", world.reading, -(-scenes // 2)),
-        ("captions", world.caption, -(-scenes // 4)),
-        ("train", world.instruction, scenes),
-    ):
-        sets[name] = [make() for _ in range(count)]
-        sets[f"{name}_validation"] = [make() for _ in range(160)]
-    rows = sets["train_validation"]
-    # The same questions with other rows' pictures: who still answers has not looked.
-    shuffled = sets["train_shuffled"] = list(rows)
-    for count in (1, 2):
-        alike = [i for i, row in enumerate(rows) if len(image_list(row)) == count]
-        for i, other in zip(alike, np.roll(alike, -(len(alike) // 2))):
-            shuffled[i] = rows[i] | {"image": rows[other]["image"]}
-    for name, content in sets.items():
-        (part / f"{name}.json").write_text(json.dumps(content, indent=1))
-    (part / "baseline.json").write_text(json.dumps(question_only(sets["train"], rows)))
-    part.rename(out)
-
-
-def question_only(train: list[dict], rows: list[dict]) -> dict:
-    """{kind: share right} of always giving the training set's commonest answer to a question."""
-
-    def turns(rows):
-        for row in rows:
-            said = [turn["value"].replace(f"{IMAGE}\n", "") for turn in row["conversations"]]
-            yield from zip(row["kinds"], said[::2], said[1::2])
-
-    seen, right = collections.defaultdict(collections.Counter), collections.defaultdict(list)
-    for _, question, answer in turns(train):
-        seen[question][answer] += 1
-    for kind, question, answer in turns(rows):
-        guess = seen[question].most_common(1)
-        right[kind].append(bool(guess) and guess[0][0] == answer)
-    return {kind: sum(hits) / len(hits) for kind, hits in right.items()}
-
-
-def show(dataset: LlavaDataset, i: int, as_json: bool):
-    """Prints a row as the model gets it: pictures, tokens with ids; supervised ones stand out."""
-    if not 0 <= i < len(dataset):
-        raise ValueError(f"--index {i}: {dataset.records.path} has rows 0 to {len(dataset) - 1}")
-    item = dataset[i]
-    batch = Collator(dataset.image_token_id, dataset.tokens_per_picture)([item])
-    if as_json:
-        print(json.dumps({key: batch[key][0].tolist() for key in ("input_ids", "labels")}))
-        return
-    colour = sys.stdout.isatty()
-    pictures = len(item["pixel_values"])
-    print(
-        f"{dataset.records.where(i)}: {pictures} picture{'s' * (pictures != 1)}, "
-        f"{batch['lengths'][0]} tokens, {(item['labels'] != IGNORE).sum()} of them supervised, "
-        f"{item['cut']} cut off"
+        sizes = [sum(x.nbytes for x in row.values() if torch.is_tensor(x)) for row in rows]
+        needed, free = (
+            2 * workers * len(batches[0]) * max(sizes),
+            shutil.disk_usage("/dev/shm").free,
+        )
+        if needed > free:
+            workers = 0
+            say_once(
+                f"/dev/shm has {free >> 20} MB free and workers need {needed >> 20}: the main "
+                "process prepares the rows, which is slower (docker run --shm-size=8g cures it)"
+            )
+    return Batches(
+        dataset,
+        batch_sampler=batches,
+        collate_fn=collate,
+        num_workers=workers,
+        multiprocessing_context="fork" if workers else None,
+        worker_init_fn=ignore_signals,
+        generator=torch.Generator(),  # the default would draw from dropout's
+        pin_memory=pin_memory,
     )
-    for pixels in item["pixel_values"] if colour else []:
-        print(thumbnail(dataset.transform, pixels.numpy()))
-    before, after = ("\033[30;42m", "\033[0m") if colour else ("[", "]")
-    for token, label in zip(item["input_ids"].tolist(), item["labels"].tolist()):
-        text = dataset.text.tokenizer.decode([token]).replace("\n", "\\n")
-        if token == dataset.image_token_id:
-            text = f"{IMAGE} x {dataset.tokens_per_picture}"
-        text = text if label == IGNORE else before + text + after
-        print(text, end=f"\033[2m{token}\033[0m " if colour else f"/{token} ")
-    print()
 
 
-def thumbnail(transform: PictureTransform, pixels: np.ndarray, width: int = 48) -> str:
-    """What the tower sees, as coloured half blocks for a terminal: two pixels to a character."""
-    rgb = (pixels.transpose(1, 2, 0) - transform.shift) / transform.scale
-    rgb = Image.fromarray(rgb.clip(0, 255).astype(np.uint8)).resize((width, width))
-    rgb = np.asarray(rgb).tolist()
-    block = "\033[38;2;{};{};{}m\033[48;2;{};{};{}m▀"
-    lines = [
-        "".join(block.format(*above, *below) for above, below in zip(*rows)) + "\033[0m"
-        for rows in zip(rgb[::2], rgb[1::2])
-    ]
-    return "\n".join(lines)
+class Batches(torch.utils.data.DataLoader):
+    """A DataLoader that says in one line that a worker has died."""
 
-
-class Check(torch.utils.data.Dataset):
-    """Item i is what `data.py check` finds out about row i: (repr of its id, figures, faults).
-
-    figures  numbers of turns, pictures, tokens, tokens kept, tokens supervised; 0 where not known
-    faults   what is wrong, a line each
-    `rows` is the set as a model wants it, or None: then there are no tokens. Of a picture the
-    header is read, or, if `full`, all of it decoded.
-    """
-
-    def __init__(self, records: Records, pictures: Pictures, rows: LlavaDataset | None, full: bool):
-        self.records, self.pictures, self.rows, self.full = records, pictures, rows, full
-
-    def __len__(self) -> int:
-        return len(self.records)
-
-    def __getitem__(self, i: int) -> tuple:
-        row, figures, names, errors = None, [0] * 5, [], []
+    def __iter__(self):
         try:
-            row = self.records[i]
-            messages, names = parse_record(row)
-            figures[:2] = len(messages), len(names)
-            if self.rows:
-                ids, labels = self.rows.text.ids_and_labels(messages)
-                more = len(names) * (self.rows.tokens_per_picture - 1)
-                figures[2] = len(ids) + more
-                keep = self.rows.fit(ids, labels)
-                figures[3:] = keep + more, sum(label != IGNORE for label in labels[:keep])
-        except (ValueError, RecursionError) as error:
-            errors.append(error)
-        for name in names:
-            try:
-                self.look_at(name)
-            except (ValueError, FileNotFoundError) as error:
-                errors.append(error)
-        return (
-            repr(row.get("id") if isinstance(row, dict) else None),
-            figures,
-            [f"{self.records.where(i)}: {error}" for error in errors],
-        )
-
-    def look_at(self, name: str):
-        """Raises what training would, as far as it looks: ValueError or FileNotFoundError."""
-        if not self.full:
-            with contextlib.suppress(Exception):  # a longer header, or a fault: see it all
-                return Image.open(io.BytesIO(self.pictures.read(name, at_most=2**16)))
-        decode_picture(self.pictures.read(name), name)
+            yield from super().__iter__()
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            reason = f"a process that prepares rows has died ({error})"
+            raise ValueError(f"{reason}: lower --dataloader_num_workers") from None
 
 
-def check(args) -> int:
-    """Prints the faults of all rows and a report; the number of faults. Every core takes part."""
-    files, rows, max_length = (args.data_path, args.image_folder), None, args.model_max_length
-    if args.model_name_or_path:
-        rows = open_dataset(*files, args.model_name_or_path, args.version, max_length=max_length)
-    records, pictures = (rows.records, rows.pictures) if rows else open_files(*files)
-    ids, figures, count = collections.Counter(), [], 0
-    batches = torch.utils.data.DataLoader(
-        Check(records, pictures, rows, args.full),
-        batch_size=64,
-        collate_fn=list,
-        num_workers=len(os.sched_getaffinity(0)),
-        multiprocessing_context="fork",
-    )
-    with tqdm(total=len(records), unit=" rows", dynamic_ncols=True, disable=None) as bar:
-        for batch in batches:
-            for name, numbers, faults in batch:
-                ids[name] += name != "None"  # a row needs no id
-                figures.append(np.array(numbers, np.int32))
-                count += len(faults)
-                for fault in faults:
-                    bar.write(fault.encode("utf-8", "backslashreplace").decode())
-            bar.update(len(batch))
-    turns, images, tokens, kept, supervised = np.array(figures).T
-    print(
-        f"rows        {len(records):,}, {(~records.has_picture).sum():,} of them text-only\n"
-        f"turns       {turns.sum():,}\npictures    {images.sum():,}"
-    )
-    if (known := tokens[tokens > 0]).size:
-        shares = ", ".join(
-            f"{share} % have up to {np.percentile(known, share):,.0f}" for share in (50, 90, 99)
-        )
-        cut = (known > max_length).sum()
-        print(
-            f"tokens      {shares}, the longest row {known.max():,}\n"
-            f"cut         {cut:,} rows ({cut / len(known):.2%}) at {max_length:,} tokens\n"
-            f"supervised  {supervised.sum() / max(kept.sum(), 1):.1%} of the tokens"
-        )
-    repeated = [name for name, times in ids.items() if times > 1]
-    print(
-        f"ids         {len(repeated):,} of them repeated"
-        + "".join(f", the first {name}" for name in repeated[:1])
-    )
-    print(
-        f"faults      {count:,}"
-        + (": mend or remove these rows, or train with --on_bad_record skip" if count else "")
-    )
-    return count
+def ignore_signals(_):
+    """Who asks a run to stop (timeout, srun) may ask its workers, too: they end with the run."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
-# Of OK-VQA and VQAv2 as they are published. LLaVA-1.5 asks for short answers with these words.
-SHORT_ANSWER = "Answer the question using a single word or phrase."
-
-
-def read_vqa(path: str, key: str, take) -> tuple[dict, list]:
-    """A raw file and, for each item of its list `key`, take(item)."""
-    content = Path(path).read_bytes()
-    try:
-        content = json.loads(content)
-        return content, [take(item) for item in content[key]]
-    except Exception as error:  # as many as there are other kinds of JSON
-        raise ValueError(
-            f"{path}: not {key} as OK-VQA and VQAv2 publish them ({type(error).__name__}: {error})"
-        ) from None
-
-
-def vqa_rows(questions: str, annotations: str, pictures: Pictures) -> list[dict]:
-    """A row for each question: the answer to learn is the commonest of the ten that people gave,
-    the first of several such. All ten are kept under `answers`, for scoring.
-    """
-    content, asked = read_vqa(
-        questions,
-        "questions",
-        lambda q: (int(q["question_id"]), int(q["image_id"]), q["question"].strip()),
-    )
-    _, answered = read_vqa(
-        annotations,
-        "annotations",
-        lambda a: (
-            (int(a["question_id"]), int(a["image_id"])),
-            [x["answer"].strip() for x in a["answers"]],
-        ),
-    )
-    given, split = dict(answered), str(content["data_subtype"])  # as train2014: COCO's folder, too
-    rows, missing = [], []
-    if len({number for number, *_ in asked}) < len(asked) or len(given) < len(answered):
-        raise ValueError(f"{questions}, {annotations}: a question_id stands twice in one of them")
-    for number, image, question in asked:
-        if not given.get((number, image)):
-            raise ValueError(
-                f"{annotations}: no answer to question {number} of {questions}, about "
-                f"picture {image}"
-            )
-        if not question or IMAGE in question:
-            raise ValueError(f"{questions}: question {number} is {question!r}: remove it")
-        name = f"COCO_{split}_{image:012d}.jpg"
-        found = [place for place in (name, f"{split}/{name}") if place in pictures]
-        missing += [] if found else [name]
-        answers = given[number, image]
-        rows.append(
-            {
-                "id": str(number),
-                "image": (found or [name])[0],
-                "conversations": [
-                    {"from": "human", "value": f"{IMAGE}\n{question}\n{SHORT_ANSWER}"},
-                    {"from": "gpt", "value": max(answers, key=answers.count)},
-                ],
-                "answers": answers,
-            }
-        )
-    if missing:
-        raise FileNotFoundError(
-            f"{questions}: {len(missing)} of {len(rows)} questions have no "
-            f"picture in {pictures.path}, the first {missing[0]}: get COCO's "
-            f"{split}, or name the folder or .zip that holds it"
-        )
-    return rows
-
-
-def okvqa(args):
-    """Writes train.json and validation.json; no picture is in both."""
-    out, pictures = Path(args.out), Pictures(args.image_folder)
-    if os.path.lexists(out):
-        raise ValueError(f"--out {out}: exists already; name a new folder")
-    if not len(args.questions) == len(args.annotations) <= 2:
-        raise ValueError(
-            "--questions and --annotations take one file each, or two: to train on, "
-            "and to validate with"
-        )
-    train, *more = [vqa_rows(*files, pictures) for files in zip(args.questions, args.annotations)]
-    names = sorted({row["image"] for row in train})
-    if more:
-        held_out = {row["image"] for row in more[0]}
-        if both := held_out.intersection(names):
-            raise ValueError(
-                f"{args.questions[1]}: {min(both)} is a picture of {args.questions[0]}, too"
-            )
-    else:
-        random.Random(args.seed).shuffle(names)
-        held_out = set(names[: round(len(names) * min(max(args.val_fraction, 0), 1))])
-    rows = train + sum(more, [])
-    train, validation = (
-        [row for row in rows if (row["image"] in held_out) == held] for held in (False, True)
-    )
-    if not train or not validation:
-        raise ValueError(
-            f"{len(train)} questions to train on and {len(validation)} to validate "
-            f"with, at --val_fraction {args.val_fraction}: neither may be empty"
-        )
-    part = out.with_name(out.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    for name, rows in (("train", train), ("validation", validation)):
-        (part / f"{name}.json").write_text(json.dumps(rows, indent=1))
-        print(
-            f"{out / name}.json: {len(rows):,} questions about "
-            f"{len({row['image'] for row in rows}):,} pictures"
-        )
-    part.rename(out)
-
-
-class Parser(argparse.ArgumentParser):
-    def __init__(self, **options):
-        super().__init__(allow_abbrev=False, **options)
-
-    def error(self, message: str):  # one line, without the usage
-        self.exit(2, f"{self.prog}: {message}\n")
-
-
-def parse(argv):
-    parser = Parser(description=__doc__.splitlines()[0])
-    commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("toy", help="write the built-in data")
-    command.add_argument("--out", required=True, help="folder to write to")
-    command.add_argument("--scenes", type=int, default=8000, help="rows of stage 2")
-    command.add_argument("--seed", type=int, default=0)
-    for name, what in (
-        ("show", "print a row as the model gets it"),
-        ("check", "read all rows and pictures; say what is wrong with them"),
-    ):
-        command = commands.add_parser(name, help=what)
-        command.add_argument(
-            "--model_name_or_path",
-            required=name == "show",
-            help="a LLaVA folder; check counts no tokens without one",
-        )
-        command.add_argument("--data_path", required=True, help=".json or .jsonl in LLaVA's format")
-        command.add_argument("--image_folder", help="a folder of pictures, or a .zip")
-        command.add_argument("--version", choices=VERSIONS, default="own", help="the template")
-        command.add_argument(
-            "--model_max_length", type=int, default=2048, help="tokens of a row, pictures included"
-        )
-    commands.choices["check"].add_argument(
-        "--full", action="store_true", help="decode each picture whole"
-    )
-    command = commands.choices["show"]
-    command.add_argument("--image_aspect_ratio", choices=["pad", "square"])
-    command.add_argument("--index", type=int, default=0, help="which row, from 0")
-    command.add_argument("--json", action="store_true", help="input_ids and labels, for machines")
-    command = commands.add_parser("okvqa", help="OK-VQA's or VQAv2's raw files to LLaVA's format")
-    command.add_argument(
-        "--questions",
-        required=True,
-        nargs="+",
-        metavar="F",
-        help="raw .json to train on, and, if it is not to be split, to validate",
-    )
-    command.add_argument(
-        "--annotations",
-        required=True,
-        nargs="+",
-        metavar="F",
-        help="the raw answers to each of them",
-    )
-    command.add_argument("--image_folder", required=True, help="COCO's pictures, a folder or .zip")
-    command.add_argument("--out", required=True, help="folder to write to")
-    command.add_argument(
-        "--val_fraction",
-        type=float,
-        default=0.05,
-        help="share of the pictures whose questions go into validation.json",
-    )
-    command.add_argument("--seed", type=int, default=0, help="of which pictures these are")
-    return parser.parse_args(argv)
-
-
-def main(argv=None) -> int:
-    args = parse(argv)
-    try:
-        if args.command == "toy":
-            if args.scenes < 1:
-                raise ValueError(f"--scenes {args.scenes}: must be at least 1")
-            toy(Path(args.out), args.scenes, args.seed)
-        elif args.command == "okvqa":
-            okvqa(args)
-        elif args.command == "show":
-            dataset = open_dataset(
-                args.data_path,
-                args.image_folder,
-                args.model_name_or_path,
-                args.version,
-                args.image_aspect_ratio,
-                args.model_max_length,
-            )
-            show(dataset, args.index, args.json)
-        else:
-            return int(check(args) > 0)
-    except (ValueError, OSError) as error:
-        print(f"data.py: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+@functools.cache
+def say_once(line: str):
+    print(line, file=sys.stderr, flush=True)

@@ -33,7 +33,7 @@
 #   OUT                where everything goes (out; of the built-in recipe out/builtin)
 
 set -euo pipefail
-here=$(dirname "${BASH_SOURCE[0]}")
+here=$(dirname "${BASH_SOURCE[0]}") called_from=$PWD
 cd "$([ -f "$here/train.py" ] && echo "$here" || echo "$SLURM_SUBMIT_DIR")"  # sbatch runs a copy of this file
 
 # --- set-up ---
@@ -42,7 +42,7 @@ cd "$([ -f "$here/train.py" ] && echo "$here" || echo "$SLURM_SUBMIT_DIR")"  # s
 setup() {
   local wanted
   if ! python -c "import sys, importlib.util as u; sys.exit(not all(map(u.find_spec, sys.argv[1:])))" \
-      torch transformers bitsandbytes deepspeed PIL numpy ${1:+pytest hypothesis peft accelerate} 2>/dev/null; then
+      torch transformers bitsandbytes deepspeed PIL numpy sentencepiece google.protobuf ${1:+pytest hypothesis peft accelerate} 2>/dev/null; then
     [ -x .venv/bin/pip ] || python3 -m venv .venv
     wanted=$(printf '%s\n' "$(cat requirements.txt)" "$@")
     if [ "$wanted" != "$(cat ".venv/installed-$#" 2>/dev/null)" ]; then
@@ -111,7 +111,7 @@ real() {
   [[ ${BITS:-16} =~ ^(4|16)$ ]] || refuse "BITS $BITS: 4 or 16"
   local model=${MODEL:-$OUT/model} parts=${VISION_TOWER:-}+${LANGUAGE_MODEL:-}+${VERSION:-own}
   if [ -z "${MODEL:-}" ] && [ ! -d "$model" ]; then
-    python model.py build --vision_tower "${VISION_TOWER:?set it, or MODEL}" \
+    python build.py --vision_tower "${VISION_TOWER:?set it, or MODEL}" \
       --language_model "${LANGUAGE_MODEL:?set it, or MODEL}" --version "${VERSION:-own}" --out "$model"
     mkdir -p "$OUT" && echo "$parts" > "$OUT/model.txt"
   elif [ -z "${MODEL:-}" ] && [ "$parts" != "$(cat "$OUT/model.txt" 2>/dev/null)" ]; then
@@ -131,41 +131,6 @@ real() {
   echo "the result: $model"
 }
 
-summary() {
-  python - "$OUT" <<'PY'
-import json, pathlib, sys
-
-out = pathlib.Path(sys.argv[1])
-lines = lambda path: [json.loads(line) for line in open(path)]
-print("\nstage      steps   minutes   held-out loss before > after")
-for stage in ("reading", "stage1", "stage2"):
-    rows = lines(out / stage / "metrics.jsonl")
-    losses = [row["eval_loss"] for row in rows if "eval_loss" in row]
-    seconds = (out / stage / "final").stat().st_mtime - (out / stage / "run.json").stat().st_mtime
-    print(f"{stage:<9}{rows[-1]['step']:>7}{seconds / 60:>10.1f}   {losses[0]:.3f} > {losses[-1]:.3f}")
-seen, turned = (lines(out / name / "metrics.jsonl")[0] for name in ("train_validation", "train_shuffled"))
-asked = lines(out / "train_validation" / "predictions.jsonl")
-blind = json.load(open(out / "toy" / "baseline.json"))
-gated = ("colour", "shape", "size", "position", "number")
-print("\nheld-out answers   questions   right   pictures shuffled   question alone")
-for kind in (*gated, *sorted({a["kind"] for a in asked} - set(gated))):
-    key, count = f"eval_exact_match/{kind}", sum(a["kind"] == kind for a in asked)
-    print(f"{kind:<18}{count:>10}{seen[key]:>8.1%}{turned[key]:>20.1%}{blind[kind]:>17.1%}")
-count = sum(a["kind"] in gated for a in asked)
-mean = lambda score: sum(score(a["kind"]) for a in asked if a["kind"] in gated) / count
-print(f"{'the first five':<18}{count:>10}" + "".join(f"{mean(score):>{width}.1%}" for score, width in (
-    (lambda k: seen[f"eval_exact_match/{k}"], 8), (lambda k: turned[f"eval_exact_match/{k}"], 20),
-    (blind.get, 17))))
-row = next(row for row in json.load(open(out / "toy" / "train_validation.json")) if isinstance(row.get("image"), str))
-turns = [a for a in asked if a["id"] == row["id"]]
-print(f"\na conversation about {out}/toy/images/{row['image']}:")
-for a in turns:
-    print(f"  {a['question'].splitlines()[-1]} > {a['prediction']}")
-print(f"\nthe model: {out}/stage2/final; its pictures and answers: {out}/train_validation/predictions.jsonl\n"
-      f"  python model.py chat --model_name_or_path {out}/stage2/final --image {out}/toy/images/{row['image']}")
-PY
-}
-
 # The language model is born today and must learn to read before it can be shown pictures, so a stage
 # stands in front: rows without pictures, scenes in words. README.md says what is real and what is not.
 builtin() {
@@ -174,8 +139,8 @@ builtin() {
   [ -t 2 ] || log=50
   local common=(--image_folder "$toy/images" --dataloader_num_workers 1 --logging_steps "$log" --eval_samples 16
     --max_new_tokens 24 --save_steps 200 --save_total_limit 1 --gradient_checkpointing False)
-  [ -d "$toy" ] || python data.py toy --out "$toy"
-  [ -d "$OUT/model" ] || python model.py build --tiny --out "$OUT/model"
+  [ -d "$toy" ] || python toy.py data --out "$toy"
+  [ -d "$OUT/model" ] || python toy.py model --out "$OUT/model"
   train "$OUT/reading" --train_type freeze_vision --model_name_or_path "$OUT/model" \
     --data_path "$toy/reading.json" --validation_data_path "$toy/reading_validation.json" \
     --per_device_train_batch_size 16 --learning_rate 3e-3 "${common[@]}"
@@ -191,7 +156,7 @@ builtin() {
       --validation_data_path "$toy/$rows.json" --image_folder "$toy/images" --eval_samples -1 \
       --max_new_tokens 24 --output_dir "$OUT/$rows" > /dev/null
   done
-  summary
+  (out=$(realpath "$OUT"); root=$PWD; cd "$called_from" && python "$root/toy.py" summary --out "$out")
 }
 
 help() {

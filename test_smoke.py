@@ -14,9 +14,10 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-import data
+import chat
 import lora
 import model
+import toy
 import train
 
 QUESTION = "What colour are the shapes?"
@@ -26,8 +27,8 @@ QUESTION = "What colour are the shapes?"
 def work(tmp_path_factory):
     """A folder with the built-in data and a tiny LLaVA, made by two commands."""
     folder = tmp_path_factory.mktemp("work")
-    assert data.main(["toy", "--out", f"{folder}/toy", "--scenes", "16"]) == 0
-    assert model.main(["build", "--tiny", "--out", f"{folder}/model"]) == 0
+    assert toy.main(["data", "--out", f"{folder}/toy", "--scenes", "16"]) == 0
+    assert toy.main(["model", "--out", f"{folder}/model"]) == 0
     return folder
 
 
@@ -88,14 +89,14 @@ def test_an_adapter_is_merged_and_then_answers_as_before(work, bits, capsys):
     merge += ["--dequantize"] if bits == 4 else []
     assert lora.main([*merge, "--out", f"{work}/merged{bits}"]) == 0
     picture = str(next((work / "toy/images").glob("*.png")))
-    ask = ["chat", "--image", picture, "--prompt", QUESTION, "--max_new_tokens", "8"]
+    ask = ["--image", picture, "--prompt", QUESTION, "--max_new_tokens", "8"]
     answers = []
     for chosen in (
         ["--model_name_or_path", f"{work}/merged{bits}"],
         ["--model_name_or_path", base, "--adapter", adapter, "--bits", str(bits)],
     ):
         capsys.readouterr()
-        assert model.main([*ask, *chosen]) == 0
+        assert chat.main([*ask, *chosen]) == 0
         answers.append(capsys.readouterr().out)
     assert answers[0] == answers[1] and answers[0].strip()
 
@@ -124,20 +125,6 @@ def test_an_answer_is_the_one_that_transformers_gives(work, capsys):
     new = theirs.generate(**inputs, max_new_tokens=8, do_sample=False)
     expected = processor.decode(new[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     picture = str(next((work / "toy/images").glob("*.png")))
-    assert (
-        model.main(
-            [
-                "chat",
-                "--model_name_or_path",
-                f"{work}/full/final",
-                "--image",
-                picture,
-                "--prompt",
-                QUESTION,
-                "--max_new_tokens",
-                "8",
-            ]
-        )
-        == 0
-    )
+    ask = ["--image", picture, "--prompt", QUESTION, "--max_new_tokens", "8"]
+    assert chat.main(["--model_name_or_path", f"{work}/full/final", *ask]) == 0
     assert capsys.readouterr().out.strip() == expected.strip()

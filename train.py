@@ -26,7 +26,6 @@ transformers/optimization.py, ZeRO (arXiv:1910.02054).
 """
 
 import argparse
-import ctypes
 import datetime
 import functools
 import importlib.util
@@ -55,9 +54,10 @@ from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
 import data
+import fast
 import lora
 import model as llava
-from cli import BOOLEAN, Parser, number
+from cli import BOOLEAN, Parser, number, written
 
 # How the names of what trains whole begin, and the recipe of LLaVA-1.5: learning rate, rows of a
 # micro-batch, template. Its global batch is 256 rows in stage 1 and 128 in stage 2, on eight GPUs.
@@ -128,15 +128,16 @@ def load_model(args, source: Path, device: str, stage: int = 0):
                 "here: merge it, and train a new adapter on that"
             )
         p.requires_grad_(trains)
-    return model
+    return fast.enable(model)
 
 
 def write_result(model, args, text, source: Path, state: dict, folder: Path):
     """What was trained, as a new folder: an adapter in PEFT's format, or else a whole model."""
     if args.train_type != "use_lora":  # `plain` is for training only: it is no folder's template
-        llava.save_pretrained(
-            model, folder, source, text.chat_template, state, args.image_aspect_ratio
-        )
+        with written(folder) as part:
+            llava.save_pretrained(
+                model, part, source, text.chat_template, state, args.image_aspect_ratio
+            )
         return
     lora.save(model, folder, source, llava.transformers_name, ["multi_modal_projector"], state)
     if text.chat_template:
@@ -1245,7 +1246,7 @@ def summarize(args, progress: dict, total_steps: int, source: Path):
         )
     folder = f"{out}/{'best' if best < step else 'final'}"
     folder = f"{source} --adapter {folder}" if args.train_type == "use_lora" else folder
-    print(f"  python model.py chat --model_name_or_path {folder} --image FILE")
+    print(f"  python chat.py --model_name_or_path {folder} --image FILE")
     if args.train_type == "use_lora":
         print(f"  python lora.py merge --model_name_or_path {folder} --out {out}/merged")
 
@@ -1310,17 +1311,7 @@ def to_device(batch: dict, device) -> tuple:
 
 
 def loader(dataset, batches: list, collate, args, device) -> DataLoader:
-    """Batches, prepared by worker processes; forked ones share the rows with this one."""
-    workers = args.dataloader_num_workers
-    return DataLoader(
-        dataset,
-        batch_sampler=batches,
-        collate_fn=collate,
-        num_workers=workers,
-        multiprocessing_context="fork" if workers else None,
-        generator=torch.Generator(),  # the default would draw from dropout's
-        pin_memory=device == "cuda",
-    )
+    return data.loader(dataset, batches, collate, args.dataloader_num_workers, device == "cuda")
 
 
 def numbers_of(window: list[dict]) -> tuple:
@@ -1336,7 +1327,7 @@ def numbers_of(window: list[dict]) -> tuple:
 
 def unusable(fault: str) -> str:
     return (
-        f"{fault} (`python data.py check` lists all such rows, --on_bad_record skip goes on "
+        f"{fault} (`python check.py` lists all such rows, --on_bad_record skip goes on "
         "without them)"
     )
 
@@ -1371,26 +1362,39 @@ def training_mode(model):
     model.vision_tower.eval()
 
 
+def check_rows(rows: data.LlavaDataset, on_bad_record: str):
+    """Says before step 1, not days later, which rows cannot be used."""
+    bad = rows.records.bad_rows
+    fault = rows[bad[0] if bad else 0]["fault"]  # of a good one, also of its picture
+    if fault and (on_bad_record == "stop" or len(bad) == len(rows)):
+        raise ValueError(f"{len(bad) or 1} of {len(rows)} rows are bad: {unusable(fault)}")
+    if bad:
+        tqdm.write(f"{len(bad)} of {len(rows)} rows are bad, the first: {fault}", file=sys.stderr)
+
+
 def open_rows(args, source: Path):
     """The text contract, and the rows to train on and to evaluate on (None where not given)."""
-    text = data.ChatText(llava.open_tokenizer(source, args.adapter), args.version)
-    sets = []
+    config, tokenizer = llava.read_config(source), llava.open_tokenizer(source, args.adapter)
+    if config.model_type != "llava":
+        raise ValueError(f"--model_name_or_path {source}: not a LLaVA folder: build.py makes one")
+    text, sets = data.ChatText(tokenizer, args.version), []
     for path in (args.data_path, args.validation_data_path):
-        sets.append(
-            path
-            and data.open_dataset(
-                path,
-                args.image_folder,
-                source,
-                args.version,
-                args.image_aspect_ratio,
-                args.model_max_length,
-                "skip",
-                text,
-            )
+        if not path:
+            sets.append(None)
+            continue
+        rows = data.open_dataset(
+            path,
+            args.image_folder,
+            source,
+            config,
+            tokenizer,
+            aspect_ratio=args.image_aspect_ratio,
+            max_length=args.model_max_length,
+            on_bad_record="skip",
+            text=text,
         )
-        if path and args.on_bad_record == "stop" and (fault := sets[-1][0]["fault"]):
-            raise ValueError(unusable(fault))  # a look at one row, before any is written
+        check_rows(rows, args.on_bad_record)
+        sets.append(rows)
     return text, *sets
 
 
@@ -1605,8 +1609,8 @@ LLAVA_FLAGS = {
     "--tune_mm_mlp_adapter": ("False", "--train_type projector"),
     "--freeze_backbone": ("False", "--train_type projector"),
     "--pretrain_mm_mlp_adapter": (None, "the folder of stage 1 as --model_name_or_path"),
-    "--vision_tower": (None, "`python model.py build`, once"),
-    "--mm_projector_type": (None, "`python model.py build`, once"),
+    "--vision_tower": (None, "`python build.py`, once"),
+    "--mm_projector_type": (None, "`python build.py`, once"),
     "--mm_vision_select_layer": ("-2", "vision_feature_layer in config.json"),
     "--mm_use_im_start_end": ("False", "a template; pictures have no such tokens here"),
     "--mm_use_im_patch_token": ("False", "a template; pictures have no such tokens here"),
@@ -1793,18 +1797,6 @@ def less_memory(args) -> str:
     return "try --train_type use_lora --bits 4, a smaller model, or more processes"
 
 
-def keep_memory():
-    """Has glibc keep freed memory, which each step would otherwise take anew from the system, page
-    by page: on a CPU it shortens a step of `full` by a quarter, and one of LoRA by 6 %.
-    """
-    TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
-    library = ctypes.CDLL(None)
-    if hasattr(library, "mallopt"):
-        library.mallopt(TRIM_THRESHOLD, -1)  # never
-        # Above this a tensor is mapped by itself, as ever; older ones take no more than the second.
-        library.mallopt(MMAP_THRESHOLD, 2**30) or library.mallopt(MMAP_THRESHOLD, 2**25)
-
-
 def start_processes(args):
     """Sets up this process, and joins the launcher's others; without a launcher it is alone."""
     alone = {
@@ -1816,7 +1808,6 @@ def start_processes(args):
     }
     for name, value in alone.items():
         os.environ.setdefault(name, value)
-    keep_memory()
     torch.backends.cuda.matmul.allow_tf32 = args.tf32
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))

@@ -54,7 +54,10 @@ import bench
 import lora
 import model as llava
 import train
+from build import build
 from data import IMAGE
+from toy import CHATML
+from toy import main as make_toy
 
 HERE = Path(train.__file__).parent
 
@@ -243,9 +246,17 @@ def messages_of(turns, system=None):
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
-    """A LLaVA folder as `model.py build --tiny` writes it."""
+    """A LLaVA folder as `toy.py model` writes it."""
     folder = tmp_path_factory.mktemp("tiny") / "model"
-    assert llava.main(["build", "--tiny", "--out", str(folder)]) == 0
+    assert make_toy(["model", "--out", str(folder)]) == 0
+    return folder
+
+
+@pytest.fixture(scope="session")
+def toy(tmp_path_factory):
+    """The built-in data, less of it."""
+    folder = tmp_path_factory.mktemp("toy") / "a"
+    assert make_toy(["data", "--out", str(folder), "--scenes", "200"]) == 0
     return folder
 
 
@@ -311,15 +322,8 @@ def okvqa_argv(folder, *splits):
         [str(folder / f"{split}_{kind}.json") for split in splits]
         for kind in ("questions", "annotations")
     ]
-    return [
-        "okvqa",
-        "--questions",
-        *files[0],
-        "--annotations",
-        *files[1],
-        "--image_folder",
-        str(folder / "coco"),
-    ]
+    pictures = ["--image_folder", str(folder / "coco")]
+    return ["--questions", *files[0], "--annotations", *files[1], *pictures]
 
 
 ASKED = [  # 20 questions about 10 pictures
@@ -416,7 +420,7 @@ def small_tokenizer(family):
         tokenizer_object=bpe,
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
-        chat_template=llava.CHATML,
+        chat_template=CHATML,
     )
 
 
@@ -440,7 +444,7 @@ def parts(path, family="qwen2", tied=False, spare_rows=0, dtype=torch.float32, *
 def built(path, family="qwen2", kind="mlp2x_gelu", aspect_ratio="pad", **options):
     """A LLaVA folder made by our `build`; its projector is as large as the rest."""
     version = "v1" if family == "llama" else "own"
-    llava.build(*parts(path, family, **options), path / "llava", kind, version, aspect_ratio)
+    build(*parts(path, family, **options), path / "llava", kind, version, aspect_ratio)
     change_tensors(
         path / "llava",
         lambda t: t.update(
@@ -493,12 +497,15 @@ def mixed_batch(image_token_id, side="right"):
     )
 
 
-def refused(capsys, *argv):
-    """What `main` says when it refuses: one line on stderr, nothing on stdout, exit status 2."""
+def refused(capsys, script, *argv):
+    """What a command says when it refuses: one line on stderr, nothing on stdout, status 2."""
     capsys.readouterr()
-    assert llava.main([str(a) for a in argv]) == 2
+    try:
+        status, name = script.main([str(a) for a in argv]), Path(script.__file__).name
+    except SystemExit as stop:  # a flag is wrong
+        status, name = stop.code, Path(sys.argv[0]).name
     out, err = capsys.readouterr()
-    assert out == "" and err.startswith("model.py: ") and err.count("\n") == 1
+    assert status == 2 and out == "" and err.count("\n") == 1 and err.startswith(name), err
     return err
 
 

@@ -13,6 +13,7 @@ import data
 import lora
 import model as llava
 import train
+from toy import CHATML
 
 
 def test_flops_are_those_of_the_closed_form(world):
@@ -56,7 +57,7 @@ def test_a_trained_adapter_is_the_same_model_in_peft_and_merged(world, tmp_path,
     assert status == 0 and "2 x language_model.model.layers.*.self_attn.q_proj" in output, error
     adapter = tmp_path / "a" / "final"
     assert (tmp_path / "a" / "checkpoint-2" / "adapter_model.safetensors").is_file()
-    (adapter / "chat_template.jinja").write_text(llava.CHATML + "{# trained #}")
+    (adapter / "chat_template.jinja").write_text(CHATML + "{# trained #}")
     merge = [
         "merge",
         "--model_name_or_path",

@@ -1,9 +1,9 @@
-"""The commands around training: toy data, check, OK-VQA, build, chat, merge."""
+"""The commands around training: toy data, OK-VQA, check, merge."""
 
-import io
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -12,95 +12,49 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import (
     ASKED,
     HERE,
-    LLAVA_HF,
-    QUESTION,
-    SENTENCES,
-    SMALL,
-    TOKENIZERS,
-    VISION,
     adapt,
-    built,
-    edit,
     noise,
     okvqa_argv,
-    parts,
     refused,
     row,
     saved,
-    small_tokenizer,
-    tensors_of,
     theirs,
     tiny_llava,
     write,
     write_vqa,
 )
 from PIL import Image
-from transformers import (
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoProcessor,
-    AutoTokenizer,
-    CohereConfig,
-    Gemma2Config,
-    GraniteConfig,
-    PhiConfig,
-    ViTConfig,
-)
 
 import data
 import lora
 import model as llava
+import okvqa
 from data import IGNORE, IMAGE
-
-
-def test_tokenizer_that_would_change_when_saved_is_refused(tmp_path):  # traps 12, 45
-    for name, make in TOKENIZERS.items():
-        tokenizer = make()
-        tokenizer.save_pretrained(tmp_path / name)
-        saved, image_token_id = llava.add_image_token(
-            tmp_path / name, tmp_path / f"{name} with image"
-        )
-        for text in ("A frog. </s>USER: x\n\ny", f"{IMAGE}\nWhat <|im_end|>\n is  it?"):
-            assert saved(text).input_ids == tokenizer(text).input_ids
-        assert (
-            saved.convert_tokens_to_ids(IMAGE)
-            == image_token_id
-            == tokenizer.convert_tokens_to_ids(IMAGE)
-        )
-
-
-@pytest.fixture(scope="session")
-def toy(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("toy")
-    assert data.main(["toy", "--out", str(folder / "a"), "--scenes", "200"]) == 0
-    return folder / "a"
+from toy import COLOURS, ToyWorld, print_summary, shapes_of
+from toy import main as make_toy
 
 
 def test_toy_data_is_a_function_of_its_seed(toy, tmp_path, monkeypatch):
-    for name, seed in (("again", 0), ("other", 1)):
-        assert (
-            data.main(
-                ["toy", "--out", str(tmp_path / name), "--scenes", "200", "--seed", str(seed)]
-            )
-            == 0
-        )
+    for name, seed in (("again", "0"), ("other", "1")):
+        argv = ["data", "--out", str(tmp_path / name), "--scenes", "200", "--seed", seed]
+        assert make_toy(argv) == 0
         monkeypatch.setattr(Image.Image, "save", lambda *args, **options: None)  # the texts will do
-    files = lambda folder: {
-        str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file()
-    }  # noqa: E731
+
+    def files(folder):
+        found = [file for file in folder.rglob("*") if file.is_file()]
+        return {str(file.relative_to(folder)): file.read_bytes() for file in found}
+
     assert files(tmp_path / "again") == files(toy)
     assert all(content != files(toy)[name] for name, content in files(tmp_path / "other").items())
 
 
 def test_toy_data_keeps_its_rules(toy):
-    sets = {
-        path.stem: json.loads(path.read_text())
-        for path in toy.glob("*.json")
-        if path.stem != "baseline"
-    }
+    sets = {path.stem: json.loads(path.read_text()) for path in toy.glob("*.json")}
+    del sets["baseline"]
     for rows in sets.values():
         assert len({r["id"] for r in rows}) == len(rows)
         for r in rows:
@@ -108,24 +62,172 @@ def test_toy_data_keeps_its_rules(toy):
             assert all((toy / "images" / name).is_file() for name in names)
     train, held_out = sets["train"], sets["train_validation"]
     asked = Counter(kind for r in train for kind in r["kinds"])
+    given = {kind: Counter() for kind in asked}
+    for r in train:
+        for kind, turn in zip(r["kinds"], r["conversations"][1::2]):
+            given[kind][turn["value"]] += 1
     for kind in ("colour", "shape", "size", "position", "number"):
-        answers = Counter(
-            t["value"]
-            for r in train
-            for k, t in zip(r["kinds"], r["conversations"][1::2])
-            if k == kind
-        )
+        answers = given[kind]
         assert asked[kind] >= 0.12 * asked.total() and len(answers) >= 4
         assert max(answers.values()) < 1.6 * answers.total() / len(answers)  # equally likely
     pictures = Counter(len(data.image_list(r)) for r in train)
     assert pictures[2] >= 0.1 * len(train) and pictures[0] > 0 and pictures[1] > len(train) / 2
-    assert all(not data.image_list(r) for r in sets["reading"]) and all(
-        len(data.image_list(r)) == 1 for r in sets["captions"]
+    assert all(not data.image_list(r) for r in sets["reading"])
+    assert all(len(data.image_list(r)) == 1 for r in sets["captions"])
+
+    def files(rows):
+        return {name for r in rows for name in data.image_list(r)}
+
+    assert sum(len(r["kinds"]) for r in held_out) >= 500
+    assert not files(train + sets["captions"]) & files(held_out)
+
+
+def test_shuffled_rows_ask_the_same_of_other_pictures(toy):
+    rows, shuffled = (
+        json.loads((toy / f"train_{name}.json").read_text()) for name in ("validation", "shuffled")
     )
-    files = lambda rows: {name for r in rows for name in data.image_list(r)}  # noqa: E731
-    assert sum(len(r["kinds"]) for r in held_out) >= 500 and not files(
-        train + sets["captions"]
-    ) & files(held_out)
+    for asked, other in zip(rows, shuffled, strict=True):
+        assert {**asked, "image": 0} == {**other, "image": 0}
+        assert len(data.image_list(asked)) == len(data.image_list(other))
+        assert not data.image_list(asked) or asked["image"] != other["image"]
+
+
+def test_drawn_shapes_are_what_the_words_say(tmp_path):
+    """Counted in the pixels: corner, colour, number of separate shapes."""
+    (tmp_path / "images").mkdir()
+    world = ToyWorld(tmp_path, 3)
+    for _ in range(40):
+        scene = world.scene()
+        pixels = Image.open(tmp_path / "images" / world.draw(shapes_of(scene))).convert("RGB")
+        pixels = np.asarray(pixels).astype(int)
+        drawn = np.abs(pixels - COLOURS[scene["colour"]]).sum(-1) < 30
+        rows, columns = np.nonzero(drawn)
+        half = "top" if rows.mean() < 168 else "bottom"
+        side = "left" if columns.mean() < 168 else "right"
+        assert f"{half} {side}" == scene["position"]
+        cells = {(r // 84, c // 84) for r, c in zip(rows.tolist(), columns.tolist())}
+        assert len(cells) == 1 + ["one", "two", "three", "four"].index(scene["number"])
+
+
+def test_both_pictures_of_a_row_count_and_their_order(good, toy):
+    """From the built-in data to gradients: as the model itself is too small to show it in answers."""
+    folder, model = good
+    rows = json.loads((toy / "train.json").read_text())
+    i = next(i for i, r in enumerate(rows) if len(data.image_list(r)) == 2)
+    dataset = data.open_dataset(
+        toy / "train.json",
+        toy / "images",
+        folder,
+        llava.read_config(folder),
+        llava.open_tokenizer(folder),
+    )
+    batch = data.Collator(dataset.image_token_id, 4)([dataset[i]])
+    ids, labels, pixels = (batch[key] for key in ("input_ids", "labels", "pixel_values"))
+    pictures = data.Pictures(toy / "images")
+    for name, given in zip(rows[i]["image"], pixels, strict=True):
+        shown = data.decode_picture(pictures.read(name), name)
+        assert torch.equal(given, torch.as_tensor(dataset.transform(shown)))  # in their order
+    pixels.requires_grad_(True)
+    loss, _ = model(ids, pixels, labels)
+    (gradient,) = torch.autograd.grad(loss, pixels)
+    assert gradient.abs().amax(dim=(1, 2, 3)).min() > 1e-6
+    with torch.no_grad():
+        swapped, _ = model(ids, pixels.flip(0), labels)
+        assert (swapped - loss).abs() > 1e-3
+        logits = theirs(folder)(input_ids=ids, pixel_values=pixels).logits[:, :-1]
+    targets = labels[:, 1:]
+    expected = F.cross_entropy(logits[targets >= 0], targets[targets >= 0], reduction="sum")
+    torch.testing.assert_close(loss, expected, atol=1e-4, rtol=1e-5)
+
+
+def write_lines(path, *rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture
+def recipe(toy, tmp_path):
+    """What is left of a recipe, as far as the summary reads it."""
+    out = tmp_path / "my out"
+    (out / "toy").mkdir(parents=True)
+    for name in ("train_validation", "baseline"):
+        shutil.copy(toy / f"{name}.json", out / "toy")
+    for stage in ("reading", "stage1", "stage2"):
+        write_lines(
+            out / stage / "metrics.jsonl",
+            {"step": 0, "eval_loss": 4.5},
+            {"step": 90, "eval_loss": 0.25},
+        )
+        (out / stage / "final").mkdir()
+        (out / stage / "run.json").touch()
+        os.utime(out / stage / "final", (1090, 1090))
+        os.utime(out / stage / "run.json", (1000, 1000))
+    rows = json.loads((toy / "train_validation.json").read_text())
+    answers, kinds = [], Counter()
+    for r in rows:
+        kinds.update(r["kinds"])
+        for kind, turn in zip(r["kinds"], r["conversations"][::2]):
+            answers.append(
+                {"id": r["id"], "kind": kind, "question": turn["value"], "prediction": f"a {kind}"}
+            )
+    write_lines(out / "train_validation" / "predictions.jsonl", *answers)
+    for name, right in (("train_validation", 1.0), ("train_shuffled", 0.25)):
+        scores = {f"eval_exact_match/{kind}": right for kind in kinds}
+        scores["eval_exact_match/colour"] = right / 2
+        write_lines(out / name / "metrics.jsonl", scores)
+    return out, kinds
+
+
+def test_the_summary_has_the_figures_and_pasteable_commands(recipe, tmp_path, monkeypatch, capsys):
+    out, kinds = recipe
+    monkeypatch.chdir(tmp_path)
+    assert make_toy(["summary", "--out", str(out)]) == 0
+    said = capsys.readouterr().out
+    assert "stage2        90       1.5   4.500 > 0.250" in said
+    five = ("colour", "shape", "size", "position", "number")
+    total = sum(kinds[kind] for kind in five)
+    mean = 1 - kinds["colour"] / total / 2
+    assert f"the first five    {total:>10}{mean:>8.1%}{mean / 4:>20.1%}" in said
+    assert f"relation          {kinds['relation']:>10}  100.0%               25.0%" in said
+    assert said.count(" > a ") == 5  # the questions about one picture
+    command = shlex.split(said.partition("to ask more:\n")[2].replace("\\\n", " "))
+    assert command[:4] == [
+        "python",
+        os.path.relpath(HERE / "chat.py"),
+        "--model_name_or_path",
+        "my out/stage2/final",
+    ]
+    assert re.fullmatch(r"my out/toy/images/\d+\.png", command[-1])
+    assert max(map(len, said.splitlines())) <= 80 + len(os.path.relpath(HERE))
+
+
+def test_commands_name_the_environment_that_run_sh_made(recipe, tmp_path, monkeypatch, capsys):
+    made = tmp_path / "llava" / ".venv"
+    monkeypatch.setattr(sys, "prefix", str(made))
+    monkeypatch.setitem(print_summary.__globals__, "__file__", str(made.parent / "toy.py"))
+    monkeypatch.chdir(tmp_path)
+    print_summary(recipe[0])
+    assert "\n  llava/.venv/bin/python llava/chat.py --model" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "argv, says",
+    [
+        ([], "command"),
+        (["paint"], "invalid choice"),
+        (["data"], "--out"),
+        (["data", "--out", "x", "--scenes", "many"], "--scenes"),
+        (["data", "--out", "x", "--scenes", "0"], "--scenes: 0 is not from 1"),
+        (["data", "--out", "FILE"], "FILE: exists already"),
+        (["model", "--out", "FILE"], "FILE: exists already"),
+        (["summary", "--out", "x"], "predictions.jsonl"),
+    ],
+)
+def test_a_bad_call_of_toy_is_one_line(tmp_path, monkeypatch, capsys, argv, says):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "FILE").touch()
+    assert says in refused(capsys, sys.modules["toy"], *argv)
+    assert [path.name for path in tmp_path.iterdir()] == ["FILE"]
 
 
 @pytest.fixture
@@ -162,10 +264,6 @@ def test_show_prints_a_row_as_the_model_gets_it(toy, tiny, show, capsys):
     [
         ([], "command"),
         (["paint"], "invalid choice"),
-        (["toy"], "--out"),
-        (["toy", "--out", "x", "--scenes", "many"], "invalid int"),
-        (["toy", "--out", "FILE"], "FILE"),
-        (["toy", "--out", "x", "--scenes", "0"], "--scenes 0"),
         (["show"], "--model_name_or_path"),
         (["SHOW", "--version", "v7"], "invalid choice"),
         (["SHOW", "--index", "99999"], "--index 99999"),
@@ -193,11 +291,9 @@ def test_bad_call_is_one_line_and_status_2(toy, show, tmp_path, monkeypatch, cap
     assert [path.name for path in tmp_path.iterdir()] == ["FILE"]
 
 
-def test_okvqa_rows_are_the_raw_files_and_no_picture_is_on_both_sides(
-    tmp_path,
-):  # traps 1, 2, 3, 33
+def test_okvqa_rows_are_the_raw_files_split_by_picture(tmp_path):
     argv = write_vqa(tmp_path, "train2014", ASKED)
-    assert data.main([*argv, "--out", str(tmp_path / "a" / "b"), "--val_fraction", "0.3"]) == 0
+    assert okvqa.main([*argv, "--out", str(tmp_path / "a" / "b"), "--val_fraction", "0.3"]) == 0
     train, validation = (
         json.loads((tmp_path / "a/b" / f"{n}.json").read_text()) for n in ("train", "validation")
     )
@@ -217,21 +313,21 @@ def test_okvqa_rows_are_the_raw_files_and_no_picture_is_on_both_sides(
         best = "été" if k % 2 else "x" if k % 3 == 0 else "frog"  # of ties the first
         assert a["content"] == best and (tmp_path / "coco" / picture).is_file()
     argv[-1] = str(tmp_path / "coco" / "train2014")  # the split's own folder, or a zip of COCO's
-    assert data.main([*argv, "--out", str(tmp_path / "own"), "--val_fraction", "0.3"]) == 0
+    assert okvqa.main([*argv, "--out", str(tmp_path / "own"), "--val_fraction", "0.3"]) == 0
     shutil.make_archive(str(tmp_path / "coco"), "zip", tmp_path / "coco")
     argv[-1] = str(tmp_path / "coco.zip")
-    assert data.main([*argv, "--out", str(tmp_path / "zip"), "--val_fraction", "0.3"]) == 0
+    assert okvqa.main([*argv, "--out", str(tmp_path / "zip"), "--val_fraction", "0.3"]) == 0
     for name in ("train.json", "validation.json"):
         text = (tmp_path / "a/b" / name).read_text()
         assert (tmp_path / "zip" / name).read_text() == text
         assert (tmp_path / "own" / name).read_text() == text.replace("train2014/", "")
 
 
-def test_okvqa_writes_the_same_bytes_whatever_the_hash_seed(tmp_path):  # trap 2
+def test_okvqa_writes_the_same_bytes_whatever_the_hash_seed(tmp_path):
     argv = [*write_vqa(tmp_path, "train2014", ASKED), "--val_fraction", "0.4"]
     for out, seed in (("a", "0"), ("b", "1")):
-        assert data.main([*argv, "--out", str(tmp_path / out), "--seed", seed]) == 0
-    again = [sys.executable, HERE / "data.py", *argv, "--out", tmp_path / "again"]
+        assert okvqa.main([*argv, "--out", str(tmp_path / out), "--seed", seed]) == 0
+    again = [sys.executable, HERE / "okvqa.py", *argv, "--out", tmp_path / "again"]
     subprocess.run(
         again, check=True, env={**os.environ, "PYTHONHASHSEED": "7"}, capture_output=True
     )
@@ -248,7 +344,7 @@ def test_okvqa_takes_validation_from_files_of_its_own(tmp_path, capsys):
     write_vqa(tmp_path, "train2014", ASKED[:12])
     write_vqa(tmp_path, "val2014", [(n + 100, i + 50, *rest) for n, i, *rest in ASKED[12:]])
     argv = okvqa_argv(tmp_path, "train2014", "val2014")
-    assert data.main([*argv, "--out", str(tmp_path / "out")]) == 0
+    assert okvqa.main([*argv, "--out", str(tmp_path / "out")]) == 0
     counts = [
         len(json.loads((tmp_path / "out" / f"{n}.json").read_text()))
         for n in ("train", "validation")
@@ -258,7 +354,7 @@ def test_okvqa_takes_validation_from_files_of_its_own(tmp_path, capsys):
         and "train.json: 12 questions about 10 pictures" in capsys.readouterr().out
     )
     twice = okvqa_argv(tmp_path, "train2014", "train2014")
-    assert data.main([*twice, "--out", str(tmp_path / "twice")]) == 2
+    assert okvqa.main([*twice, "--out", str(tmp_path / "twice")]) == 2
     assert (
         "train2014_questions.json: train2014/COCO_train2014_000000000000.jpg is a picture of"
         in capsys.readouterr().err
@@ -311,11 +407,10 @@ VQA_FAULTS = {
     ),
     "No such file.*train2014_questions.json": lambda d: (d / "train2014_questions.json").unlink(),
     "--image_folder .*coco: no such folder or .zip": lambda d: shutil.rmtree(d / "coco"),
-    "--out .*out: exists already": lambda d: (d / "out").mkdir(),
+    "out: exists already": lambda d: (d / "out").mkdir(),
     "0 questions to train on and 20": "--val_fraction 1",
     "20 questions to train on and 0": "--val_fraction 0.01",
-    "20 questions to train on and 0.* -0.3": "--val_fraction -0.3",
-    "20 questions to train on and 0.* -inf": "--val_fraction=-inf",
+    "--val_fraction: -0.3 is not from 0 to 1": "--val_fraction=-0.3",
     "not questions as .*OverflowError": lambda d: change_json(
         d / "train2014_questions.json", lambda c: c["questions"][3].update(image_id=1e999)
     ),
@@ -326,11 +421,11 @@ VQA_FAULTS = {
 @pytest.mark.parametrize("says", VQA_FAULTS)
 def test_faulty_raw_files_are_one_line_and_nothing_is_written(tmp_path, capsys, says):
     argv, fault = write_vqa(tmp_path, "train2014", ASKED), VQA_FAULTS[says]
-    more = fault.split() if isinstance(fault, str) else fault(tmp_path) and []
+    more = fault.split() if isinstance(fault, str) else []
+    if not more:
+        fault(tmp_path)
     before = sorted(tmp_path.rglob("*"))
-    assert data.main([*argv, "--out", str(tmp_path / "out"), *(more or [])]) == 2
-    out, err = capsys.readouterr()
-    assert out == "" and len(err.splitlines()) == 1 and re.search(says, err), err
+    assert re.search(says, refused(capsys, okvqa, *argv, "--out", tmp_path / "out", *more))
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -422,220 +517,6 @@ def test_check_reports_the_tokens_that_training_sees(toy, tiny, capsys):
         == f"{(batch['labels'] != IGNORE).sum() / sum(lengths):.1%} of the tokens"
     )
     assert report["cut"].startswith("0 rows (0.00%)") and report["faults"] == "0"
-
-
-@pytest.mark.parametrize(
-    "family, tied, spare_rows",
-    [("llama", False, 0), ("llama", True, 70), ("qwen2", True, 0), ("qwen2", False, 70)],
-)
-def test_image_is_one_new_token_and_embeddings_grow_only_for_it_and_never_shrink(
-    tmp_path, family, tied, spare_rows
-):  # traps 12, 13
-    vision, text = parts(tmp_path, family, tied, spare_rows)
-    model = llava.build(vision, text, tmp_path / "llava", version="v1")
-    before, after = tensors_of(text), tensors_of(tmp_path / "llava")
-    tokenizer, old = AutoTokenizer.from_pretrained(tmp_path / "llava"), small_tokenizer(family)
-    assert tokenizer("<image>", add_special_tokens=False).input_ids == [len(old)]
-    assert model.config.image_token_id == len(old) and (llava.HEAD in after) == (not tied)
-    for name in {llava.EMBEDDINGS, llava.HEAD} & set(after):
-        rows, grown = before[name.removeprefix("language_model.")], after[name]
-        assert torch.equal(grown[: len(rows)], rows)
-        assert len(grown) == (len(rows) if spare_rows else 64 * (len(old) // 64 + 1))
-        mean = rows.mean(0).expand(len(grown) - len(rows), -1)
-        torch.testing.assert_close(grown[len(rows) :], mean)
-    for sentence in (*SENTENCES[:3], "  two  spaces\n\nand  lines ", "ünï 数 🙂", "USER: x </s>y"):
-        assert tokenizer(sentence).input_ids == old(sentence).input_ids
-
-
-@pytest.mark.parametrize(
-    "family, tokens, pad",
-    [
-        ("llama", {}, "<unk>"),
-        ("llama", {"pad_token": "</s>"}, "</s>"),
-        ("llama", {"unk_token": None}, "</s>"),
-        ("qwen2", {}, "<|endoftext|>"),
-    ],
-)
-def test_built_folders_name_pad_and_end_tokens_and_one_template(tmp_path, family, tokens, pad):
-    folder = built(tmp_path, family, **tokens)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    config, generation, more = (
-        json.loads((folder / name).read_text())
-        for name in ("config.json", "generation_config.json", "tokenizer_config.json")
-    )
-    assert tokenizer.pad_token == pad and config["pad_token_id"] == tokenizer.pad_token_id
-    assert generation == {
-        "eos_token_id": [tokenizer.eos_token_id],
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-    content = [[{"type": "image"}, {"type": "text", "text": QUESTION}], f"<image>\n{QUESTION}"]
-    as_parts, as_string = (
-        tokenizer.apply_chat_template([{"role": "user", "content": c}], tokenize=False)
-        for c in content
-    )
-    assert as_parts == as_string and QUESTION in as_string and "chat_template" not in more
-
-
-def test_a_saved_folder_holds_one_chat_template(tmp_path):
-    folder, old = built(tmp_path), {"chat_template": "{{ 'an old one' }}"}
-    edit(folder / "tokenizer_config.json", **old)
-    edit(folder / "processor_config.json", **old)
-    (folder / "chat_template.json").write_text(json.dumps(old))
-    new, chat_template = tmp_path / "new", "{{ 'new' }}"
-    llava.save_pretrained(llava.from_pretrained(folder), new, folder, chat_template)
-    assert not any("an old one" in f.read_text() for f in new.iterdir() if "json" in f.suffix)
-    for reader in (AutoTokenizer, AutoProcessor):
-        assert reader.from_pretrained(new).chat_template == chat_template
-
-
-def test_chat_prints_the_greedy_answer_alone_whatever_the_folder_suggests(tmp_path, capsys):
-    folder, picture = built(tmp_path), tmp_path / "a.png"
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8))
-    image.save(picture)
-    reference, processor = theirs(folder), AutoProcessor.from_pretrained(folder)
-    content = [{"type": "image", "image": image}, {"type": "text", "text": QUESTION}]
-    inputs = processor.apply_chat_template(
-        [{"role": "user", "content": content}],
-        tokenize=True,
-        return_dict=True,
-        add_generation_prompt=True,
-        return_tensors="pt",
-    )
-    new = reference.generate(
-        **inputs,
-        do_sample=False,
-        max_new_tokens=8,
-        suppress_tokens=[reference.config.image_token_id],
-    )
-    new = new[0, inputs["input_ids"].shape[1] :]
-    suggested = dict(do_sample=True, temperature=9.0, repetition_penalty=3.0, top_k=5)
-    edit(folder / "generation_config.json", **suggested)
-    capsys.readouterr()
-    assert (
-        llava.main(
-            [
-                "chat",
-                "--model_name_or_path",
-                str(folder),
-                "--max_new_tokens",
-                "8",
-                "--image",
-                str(picture),
-                "--prompt",
-                QUESTION,
-            ]
-        )
-        == 0
-    )
-    out = capsys.readouterr().out
-    assert out == processor.decode(new, skip_special_tokens=True).strip() + "\n" != "\n"
-
-
-def test_chat_with_a_published_folder_whose_template_ends_no_answer_takes_a_version(
-    tmp_path, capsys
-):
-    folder = built(tmp_path)
-    (folder / "chat_template.jinja").write_text(LLAVA_HF)
-    ask = [
-        "chat",
-        "--model_name_or_path",
-        str(folder),
-        "--max_new_tokens",
-        "4",
-        "--prompt",
-        QUESTION,
-    ]
-    assert llava.main(ask) == 2 and "--version v1" in capsys.readouterr().err
-    assert llava.main([*ask, "--version", "v1"]) == 0 and capsys.readouterr().out.strip()
-
-
-def test_chat_remembers_the_conversation_and_survives_a_wrong_line(
-    good, tmp_path, capsys, monkeypatch
-):
-    Image.new("RGB", (30, 50), (9, 99, 199)).save(tmp_path / "a.png")
-    seen, reply = [], llava.reply
-
-    def spy(model, text, messages, pixels, *args, **options):
-        answer = reply(model, text, messages, pixels, *args, **options)
-        seen.append(([m["content"] for m in messages], len(pixels), answer))
-        return answer
-
-    monkeypatch.setattr(llava, "reply", spy)
-    lines = [
-        "hello",
-        f"/image {tmp_path}/none.png",
-        f"/image {tmp_path}/a.png",
-        "What is it?",
-        "one <image> too many",
-        "and now?",
-        "",
-    ]
-    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
-    capsys.readouterr()
-    assert llava.main(["chat", "--model_name_or_path", str(good[0]), "--max_new_tokens", "4"]) == 0
-    (a, b, c), (out, err) = (answer for _, _, answer in seen), capsys.readouterr()
-    asked = ["hello", a, "<image>\nWhat is it?", b, "and now?"]
-    assert [s[:2] for s in seen] == [(asked[:1], 0), (asked[:3], 1), (asked, 1)]
-    assert a in out and b in out and c in out and "none.png" in err and err.count("\n") == 3
-
-
-@pytest.mark.parametrize(
-    "config, more",
-    [
-        (Gemma2Config, {"head_dim": 8, "initializer_range": 0.02}),
-        (CohereConfig, {}),
-        (GraniteConfig, {"logits_scaling": 4.0}),
-        (PhiConfig, {}),
-    ],
-)
-def test_language_models_whose_logits_are_no_plain_linear_are_refused(
-    tmp_path, capsys, config, more
-):
-    vision, text = parts(tmp_path)
-    config = config(**dict(SMALL, **more), num_key_value_heads=2, vocab_size=400, pad_token_id=0)
-    AutoModelForCausalLM.from_config(config).save_pretrained(text)
-    assert config.model_type in refused(
-        capsys,
-        "build",
-        "--vision_tower",
-        vision,
-        "--language_model",
-        text,
-        "--out",
-        tmp_path / "out",
-    )
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["text", "vision"]
-
-
-def test_commands_refuse_bad_arguments_and_leave_nothing_behind(good, tmp_path, capsys):
-    vision, text = parts(tmp_path)
-    AutoModel.from_config(ViTConfig(**VISION)).save_pretrained(text / "vit")
-    command = ["build", "--vision_tower", vision, "--language_model", text, "--out"]
-    new = tmp_path / "a/b"
-    assert "exists" in refused(capsys, *command, text)
-    assert "mm_projector_type" in refused(capsys, *command, new, "--mm_projector_type", "mlp")
-    assert "--vision_tower" in refused(capsys, "build", "--out", new)
-    assert "nowhere" in refused(capsys, *command, new, "--vision_tower", tmp_path / "nowhere")
-    assert "vit" in refused(capsys, *command, new, "--vision_tower", text / "vit")
-    assert "a qwen2; known are" in refused(capsys, *command, new, "--vision_tower", text)
-    assert "--tiny" in refused(capsys, *command, new, "--tiny")
-    (text / "dangling").symlink_to(text / "nowhere")
-    assert "exists" in refused(capsys, *command, text / "dangling")
-    (vision / "model.safetensors").unlink()
-    assert "model.safetensors" in refused(capsys, *command, new)
-    (text / "chat_template.jinja").unlink()
-    assert "template" in refused(capsys, *command, new)
-    (text / "tokenizer.json").unlink()
-    assert "tokenizer" in refused(capsys, *command, new)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["text", "vision"]
-    (tmp_path / "no.png").write_text("no picture")
-    command = ["chat", "--model_name_or_path", good[0], "--prompt", "What is <image>?"]
-    assert "<image>" in refused(capsys, *command)
-    for flags in (["--temperature", "-1"], ["--temperature", "inf"], ["--top_p", "0"]):
-        assert "a temperature is 0, or from 0.01 to 100" in refused(capsys, *command, *flags)
-    assert "no.png" in refused(capsys, *command, "--image", tmp_path / "no.png")
-    assert "gone.png" in refused(capsys, *command, "--image", tmp_path / "gone.png")
-    assert "no/such" in refused(capsys, "chat", "--model_name_or_path", "no/such")
 
 
 def test_the_merge_command(tmp_path, capsys):

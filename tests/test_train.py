@@ -23,6 +23,7 @@ from transformers import (
 
 import data
 import model as llava
+import toy
 import train
 from data import ChatText, PictureTransform
 
@@ -489,8 +490,8 @@ def test_a_dry_run_measures_the_heaviest_step_and_writes_nothing(world, tmp_path
 @pytest.mark.long
 def test_a_dry_run_is_right_within_15_percent(tmp_path):
     """Peak and total time against those of the run itself, each in its own process."""
-    llava.build_tiny(tmp_path / "model", data.toy_words(200))
-    data.toy(tmp_path / "toy", 240, 0)
+    toy.make_model(tmp_path / "model", toy.toy_words(200))
+    toy.make_data(tmp_path / "toy", 240, 0)
     argv = [
         sys.executable,
         HERE / "train.py",

@@ -36,8 +36,8 @@ from conftest import (
 )
 from transformers import AutoModelForCausalLM, Qwen2Config
 
-import model as llava
 import train
+from build import build
 
 
 @pytest.fixture(scope="module")
@@ -235,7 +235,7 @@ def gigabyte(tmp_path_factory):
         num_key_value_heads=8, vocab_size=320, tie_word_embeddings=True,
     )  # fmt: skip
     AutoModelForCausalLM.from_config(config).save_pretrained(text)
-    llava.build(vision, text, root / "llava")
+    build(vision, text, root / "llava")
     return root / "llava"
 
 
