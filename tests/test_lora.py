@@ -188,7 +188,7 @@ def first_part():
 def vit():
     config = ViTConfig(
         hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
-        image_size=16, patch_size=8, num_labels=3,
+        image_size=16, patch_size=8, num_labels=3, initializer_range=0.3,
     )  # fmt: skip
     return ViTForImageClassification(config), {"pixel_values": torch.randn(6, 3, 16, 16)}
 
@@ -196,7 +196,7 @@ def vit():
 def bert():
     config = BertConfig(
         hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
-        vocab_size=50, num_labels=3,
+        vocab_size=50, num_labels=3, initializer_range=0.3,
     )  # fmt: skip
     return BertForSequenceClassification(config), {"input_ids": torch.arange(48).view(6, 8)}
 
