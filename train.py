@@ -84,7 +84,7 @@ def trained_whole(model, train_type: str | None) -> list[str]:
     """The parts that train whole. PEFT keeps a part frozen where it has adapters, and so do we."""
     parts = TRAIN_TYPES[train_type][0] if train_type else []
     adapted = [name for name, p in model.named_modules() if isinstance(p, lora.LoRA)]
-    return [part for part in parts if not any(name.startswith(f"{part}.") for name in adapted)]
+    return [part for part in parts if not any(name.startswith(part) for name in adapted)]
 
 
 def load_model(args, source: Path, device: str, stage: int = 0):
@@ -126,7 +126,7 @@ def load_model(args, source: Path, device: str, stage: int = 0):
                 f"{outside[0]}; adapters are for the decoder's layers only"
             )
         print(lora.fold(names))
-    trained = tuple(f"{part}." for part in trained_whole(model, args.train_type))
+    trained = tuple(trained_whole(model, args.train_type))
     for name, p in model.named_parameters():
         trains = name.startswith(trained) or ".lora." in name
         if args.train_type and p.requires_grad and args.adapter and not trains:

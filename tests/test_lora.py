@@ -7,6 +7,7 @@ import functools
 import gc
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -219,6 +220,51 @@ def test_the_first_part_pasted_alone_adapts_any_transformer(make, targets):
         losses.append(loss.item())
     assert losses[-1] < 0.7 * losses[0] and len(trained) == 2 * len(names)
     assert all(torch.equal(model.get_parameter(n), p) for n, p in frozen.items())
+
+
+ALONE = """
+import sys, torch
+from collections import OrderedDict
+from torch import nn
+import lora
+from lora import inject, load, save
+
+assert not {"peft", "transformers", "deepspeed", "bitsandbytes", "model"} & set(sys.modules)
+
+def block():
+    torch.manual_seed(0)
+    names = ("q_proj", "act", "v_proj")
+    return nn.Sequential(OrderedDict(zip(names, (nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8)))))
+
+def train(model):
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(5):
+        model(x).square().mean().backward()
+        optimizer.step()
+
+x, model, base_model = torch.ones(2, 8), nn.Sequential(block()), nn.Sequential(block())
+before = base_model(x)
+code = lora.__doc__[lora.__doc__.index("    inject("):lora.__doc__.index("Sources")]
+for line in code.strip().splitlines():
+    exec("train(model)" if line.strip().startswith("...") else line.strip())
+assert torch.equal(model(x), base_model(x)) and not torch.equal(model(x), before)
+"""
+
+
+def test_the_docstrings_lines_run_with_the_file_alone(tmp_path):
+    shutil.copy(lora.__file__, tmp_path)
+    subprocess.run([sys.executable, "-c", ALONE], cwd=tmp_path, check=True)
+
+
+def test_hooks_keep_torchs_encoder_off_its_fast_path():
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, batch_first=True)
+    model, x = nn.TransformerEncoder(layer, 2).eval(), torch.randn(2, 5, 32)
+    with torch.no_grad():
+        before = model(x)
+        lora.inject(model, r".*\.linear[12]", r=4, alpha=8)
+        nn.init.normal_(model.layers[0].linear1.lora.lora_B)
+        assert (model(x) - before).abs().max() > 0.01
 
 
 # --- which layers, how many ---

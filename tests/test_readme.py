@@ -40,7 +40,7 @@ from transformers import AutoProcessor, SiglipConfig, SiglipModel
 
 import bench
 import data
-import lora
+import merge
 import model as llava
 import train
 from data import IGNORE, ChatText, PictureTransform
@@ -85,7 +85,7 @@ print(batch["pixel_values"].shape, tokenizer.decode(labels[labels >= 0]))
 
 
 @pytest.mark.parametrize("name", ALONE)
-def test_a_file_alone_in_an_empty_folder_does_its_work(name, tmp_path):  # lora.py: see PASTED
+def test_a_file_alone_in_an_empty_folder_does_its_work(name, tmp_path):  # lora.py: in test_lora.py
     script, printed = ALONE[name]
     shutil.copy(HERE / f"{name}.py", tmp_path)
     if name == "data":
@@ -327,7 +327,7 @@ def test_every_command_of_the_readme_runs(world, tmp_path, monkeypatch, capsys):
             "train.py": train,
             "model.py": llava,
             "data.py": data,
-            "lora.py": lora,
+            "merge.py": merge,
             "bench.py": bench,
         }
         capsys.readouterr()
@@ -340,6 +340,6 @@ def test_every_command_of_the_readme_runs(world, tmp_path, monkeypatch, capsys):
         "train.py",
         "model.py",
         "data.py",
-        "lora.py",
+        "merge.py",
         "bench.py",
     }

@@ -21,7 +21,6 @@ from conftest import (
     SMALL,
     TOKENIZERS,
     VISION,
-    adapt,
     built,
     edit,
     noise,
@@ -29,11 +28,9 @@ from conftest import (
     parts,
     refused,
     row,
-    saved,
     small_tokenizer,
     tensors_of,
     theirs,
-    tiny_llava,
     write,
     write_vqa,
 )
@@ -51,7 +48,6 @@ from transformers import (
 )
 
 import data
-import lora
 import model as llava
 from data import IGNORE, IMAGE
 
@@ -636,26 +632,3 @@ def test_commands_refuse_bad_arguments_and_leave_nothing_behind(good, tmp_path, 
     assert "no.png" in refused(capsys, *command, "--image", tmp_path / "no.png")
     assert "gone.png" in refused(capsys, *command, "--image", tmp_path / "gone.png")
     assert "no/such" in refused(capsys, "chat", "--model_name_or_path", "no/such")
-
-
-def test_the_merge_command(tmp_path, capsys):
-    tiny_llava().save_pretrained(tmp_path / "base")
-    model = tiny_llava()
-    adapt(model)
-    saved(model, tmp_path / "adapter", tmp_path / "base")
-    flags = {"--model_name_or_path": "base", "--adapter": "adapter", "--out": "out"}
-
-    def run(*more, **changed):
-        words = flags | {f"--{k}": v for k, v in changed.items()}
-        argv = ["merge"] + [w for k, v in words.items() for w in (k, str(tmp_path / v))]
-        capsys.readouterr()
-        code = lora.main(argv + list(more))
-        return code, capsys.readouterr().err
-
-    message = f"error: {tmp_path}/adapter was not trained over 4 bits: leave --dequantize out\n"
-    assert run("--dequantize") == (2, message)
-    assert run(adapter="none")[0] == 2 and run(model_name_or_path="none")[0] == 2
-    assert not (tmp_path / "out").exists()
-    assert run("--dequantize", "False")[0] == 0
-    code, message = run()
-    assert code == 2 and message.count("\n") == 1 and "out exists" in message
