@@ -47,9 +47,7 @@ class LoRA(nn.Module):
         dtype = dtype or getattr(linear, "compute_dtype", linear.weight.dtype)
         like = {"dtype": dtype, "device": linear.weight.device}
         self.lora_A = nn.Parameter(torch.empty(r, linear.in_features, **like))
-        self.lora_B = nn.Parameter(
-            torch.zeros(linear.out_features, r, **like)
-        )  # starts as the base
+        self.lora_B = nn.Parameter(torch.zeros(linear.out_features, r, **like))  # so B A is 0
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # PEFT's; the paper says Gaussian
         self.dropout = nn.Dropout(dropout)
         self.scale = scaling(r, alpha, use_rslora)
@@ -65,19 +63,17 @@ def add_lora(linear, args, kwargs, y):
     return linear.lora(args[0] if args else kwargs["input"], y)
 
 
-def find_linears(model, target_modules):
+def find_linears(model, pattern):
     """{path: layer} of the linear layers whose whole path matches a regular expression."""
     try:
-        matches = re.compile(target_modules).fullmatch
+        matches = re.compile(pattern).fullmatch
     except re.error as error:
-        raise ValueError(f"{target_modules!r} is not a regular expression: {error}") from None
+        raise ValueError(f"{pattern!r} is not a regular expression: {error}") from None
     linears = {name: module for name, module in model.named_modules() if is_linear(module)}
     found = {name: linear for name, linear in linears.items() if matches(name)}
     if not found:
         example = next(reversed(linears), "none")
-        raise ValueError(
-            f"{target_modules!r} matches no linear layer's whole path (one is {example})"
-        )
+        raise ValueError(f"{pattern!r} matches no linear layer's whole path (one is {example})")
     return found
 
 
@@ -198,15 +194,12 @@ def weight_files(folder):
 
     Other files beside them, left over or foreign, are not looked at.
     """
-    single, index = (
-        Path(folder) / "model.safetensors",
-        Path(folder) / "model.safetensors.index.json",
-    )
+    single = Path(folder) / "model.safetensors"
+    index = Path(folder) / "model.safetensors.index.json"
     if single.is_file():
         return [single]
     if not index.is_file():
-        raise FileNotFoundError(f"{folder} has neither {single.name} nor {index.name}: an adapter's "
-                                "base is a folder of safetensors")  # fmt: skip
+        raise FileNotFoundError(f"{folder} has neither {single.name} nor {index.name}")
     return [Path(folder) / name for name in sorted(set(read_json(index)["weight_map"].values()))]
 
 
@@ -214,8 +207,7 @@ def read_folder(folder):
     """{name: tensor} of a model folder, mapped from its files: read from disk when touched."""
     config = Path(folder) / "config.json"
     if config.is_file() and "quantization_config" in read_json(config):
-        raise ValueError(f"{config}: quantization_config: an adapter's base here is the model in 16 "
-                         "or 32 bits; for QLoRA take that and --bits 4")  # fmt: skip
+        raise ValueError(f"{config}: quantization_config: a base has to be in 16 or 32 bits here")
     return {k: v for file in weight_files(folder) for k, v in read_tensors(file).items()}
 
 
@@ -262,16 +254,20 @@ def base_fingerprint(folder, rename=str):
     return fingerprint(read_folder(folder), rename)
 
 
+def ends_with(path, end):
+    return f".{path}".endswith(f".{end}")
+
+
 def base_shapes(tensors, rename):
     """{path: shape} of the base's {name: tensor}, without a head that is tied to the embeddings.
 
     A file may hold a tied head as a second copy of them; what counts is that they are equal.
     """
     tensors = {rename(name): tensor for name, tensor in tensors.items()}
-    ends = {path.rpartition(".weight")[0].rpartition(".")[2]: path for path in tensors}
-    head, embeddings = (tensors.get(ends.get(end)) for end in ("lm_head", "embed_tokens"))
-    if head is not None and embeddings is not None and torch.equal(head, embeddings):
-        del tensors[ends["lm_head"]]
+    heads = [path for path in tensors if ends_with(path, "lm_head.weight")]
+    embeddings = [path for path in tensors if ends_with(path, "embed_tokens.weight")]
+    if heads and embeddings and torch.equal(tensors[heads[0]], tensors[embeddings[0]]):
+        del tensors[heads[0]]
     return {path: true_shape(tensor) for path, tensor in tensors.items()}
 
 
@@ -281,17 +277,16 @@ WEIGHTS, CONFIG, PREFIX = "adapter_model.safetensors", "adapter_config.json", "b
 A_KEY, B_KEY = ".lora_A.weight", ".lora_B.weight"  # (r, in), (out, r)
 # PEFT's names of what `inject` takes, in its order, and what it means that one is missing.
 DEFAULTS = {"r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "use_rslora": False}
+# The entries of a config that can mean another formula than the one above, and where they do not.
+OFF = [False, [], {}]
 SUPPORTED = {
     "peft_type": ["LORA"],
-    "bias": [None, "none"],
-    # PiSSA, LoftQ and such change the base.
-    "init_lora_weights": [None, True, False, "gaussian", "orthogonal", "eva"],
+    "bias": ["none"],
+    "init_lora_weights": [True, False, "gaussian", "orthogonal", "eva"],  # others change the base
+    **dict.fromkeys(["use_dora", "lora_bias", "rank_pattern", "alpha_pattern"], OFF),
+    **dict.fromkeys(["trainable_token_indices", "target_parameters", "layer_replication"], OFF),
+    **dict.fromkeys(["alora_invocation_tokens", "kasa_config", "monteclora_config"], OFF),
 }
-VARIANTS = (  # entries that, when they are set, mean another formula than the one above
-    "use_dora lora_bias rank_pattern alpha_pattern trainable_token_indices target_parameters "
-    "layer_replication alora_invocation_tokens use_qalora use_bdlora arrow_config kasa_config "
-    "monteclora_config"
-).split()
 
 
 def adapter_keys(model, rename, modules_to_save):
@@ -328,7 +323,8 @@ def save(model, out, base=None, rename=str, modules_to_save=(), tensors=None, ba
         assert whole, f"{name} is sharded: pass save the whole one in tensors"
     tensors = {key: tensors[name].detach().float().cpu() for name, key in keys.items()}
     unused = getattr(model, "unused_adapter", {})
-    modules_to_save += sorted({key.rpartition(".")[0] for key in unused if ".lora_" not in key})
+    more = {key.rpartition(".")[0] for key in unused if ".lora_" not in key}
+    modules_to_save += sorted(module for module in more if not is_inside(module, modules_to_save))
     tensors |= unused
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
@@ -401,19 +397,18 @@ def read_adapter(folder, base=None, rename=str, model=None):
 def read_config(file):
     """An adapter's config with PEFT's defaults; ValueError names an entry that is not supported."""
     config = {entry: value for entry, value in read_json(file).items() if value is not None}
-    wrong = [entry for entry, values in SUPPORTED.items() if config.get(entry) not in values]
-    wrong += [entry for entry in VARIANTS if config.get(entry)]
-    if wrong:
-        raise ValueError(
-            f"{file}: {wrong[0]} {config.get(wrong[0])} is not supported; PEFT's merge_and_unload "
-            "makes a whole model of such an adapter"
-        )
+    for entry, value in config.items():
+        if value not in SUPPORTED.get(entry, [value]):
+            raise ValueError(
+                f"{file}: {entry} {value} is not supported; PEFT's merge_and_unload makes a whole "
+                "model of such an adapter"
+            )
     return {**DEFAULTS, "target_modules": [], "modules_to_save": [], "quantized": [], **config}
 
 
 def whole_paths(modules_to_save, shapes, file):
     """The whole paths of the modules in modules_to_save, where PEFT takes the end of a path too."""
-    has_head = any(f".{path}".endswith(".lm_head.weight") for path in shapes)
+    has_head = any(ends_with(path, "lm_head.weight") for path in shapes)
     known = {path[:i] for path in shapes for i, letter in enumerate(path) if letter == "."}
     whole = []
     for module in modules_to_save:
@@ -422,17 +417,15 @@ def whole_paths(modules_to_save, shapes, file):
                 f"{file}: modules_to_save has {module}, but the head of this base is tied to its "
                 "embeddings, and neither can change alone"
             )
-        ends_so = [path for path in known if f".{path}".endswith(f".{module}")]
-        whole += [module] if module in known else ends_so
+        whole += [module] if module in known else [p for p in known if ends_with(p, module)]
     return whole
 
 
 def check_keys(tensors, shapes, config, folder):
     """Raises ValueError unless an adapter has just the keys and shapes for a base {path: shape}."""
-    r, targets = config["r"], config["target_modules"]
+    r, expected, targets = config["r"], {}, config["target_modules"]
     if isinstance(targets, str):
         targets = []  # a regular expression of PEFT's: which layers it meant, only the keys tell
-    expected = {}
     for path, shape in shapes.items():
         layer = path.removesuffix(".weight")
         if len(shape) == 2 and (layer in targets or layer + A_KEY in tensors):
