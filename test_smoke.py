@@ -15,7 +15,7 @@ from PIL import Image
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 import chat
-import lora
+import merge
 import model
 import toy
 import train
@@ -85,9 +85,9 @@ def test_an_adapter_is_merged_and_then_answers_as_before(work, bits, capsys):
     flags = ["--bits", str(bits), "--lora_r", "4", "--lora_alpha", "8", "--learning_rate", "0.01"]
     assert train_two_steps(work, "use_lora", *flags, out=f"lora{bits}") == 0
     base, adapter = f"{work}/model", f"{work}/lora{bits}/final"
-    merge = ["merge", "--model_name_or_path", base, "--adapter", adapter]
-    merge += ["--dequantize"] if bits == 4 else []
-    assert lora.main([*merge, "--out", f"{work}/merged{bits}"]) == 0
+    flags = ["--model_name_or_path", base, "--adapter", adapter]
+    flags += ["--dequantize"] if bits == 4 else []
+    assert merge.main([*flags, "--out", f"{work}/merged{bits}"]) == 0
     picture = str(next((work / "toy/images").glob("*.png")))
     ask = ["--image", picture, "--prompt", QUESTION, "--max_new_tokens", "8"]
     answers = []

@@ -80,6 +80,13 @@ NEW_ADAPTER = {
 # --- model, schedule, parameter groups ---
 
 
+def trained_whole(model, train_type: str | None) -> list[str]:
+    """The parts that train whole. PEFT keeps a part frozen where it has adapters, and so do we."""
+    parts = TRAIN_TYPES[train_type][0] if train_type else []
+    adapted = [name for name, p in model.named_modules() if isinstance(p, lora.LoRA)]
+    return [part for part in parts if not any(name.startswith(part) for name in adapted)]
+
+
 def load_model(args, source: Path, device: str, stage: int = 0):
     """The model as the flags want it: in 4 bits or not, with an adapter or not, what trains set.
 
@@ -105,7 +112,7 @@ def load_model(args, source: Path, device: str, stage: int = 0):
     if args.train_type == "use_lora" and not args.adapter:
         names = lora.inject(
             model,
-            args.lora_target_modules,
+            lora.paths_of(args.lora_target_modules, llava.DECODER),
             args.lora_r,
             args.lora_alpha,
             args.lora_dropout,
@@ -119,7 +126,7 @@ def load_model(args, source: Path, device: str, stage: int = 0):
                 f"{outside[0]}; adapters are for the decoder's layers only"
             )
         print(lora.fold(names))
-    trained = tuple(TRAIN_TYPES[args.train_type][0] if args.train_type else [])
+    trained = tuple(trained_whole(model, args.train_type))
     for name, p in model.named_parameters():
         trains = name.startswith(trained) or ".lora." in name
         if args.train_type and p.requires_grad and args.adapter and not trains:
@@ -139,9 +146,12 @@ def write_result(model, args, text, source: Path, state: dict, folder: Path):
                 model, part, source, text.chat_template, state, args.image_aspect_ratio
             )
         return
-    lora.save(model, folder, source, llava.transformers_name, ["multi_modal_projector"], state)
+    folder.mkdir(parents=True, exist_ok=True)
+    llava.copy_side_files(source, folder)  # tokenizer and processor, for who has the adapter alone
     if text.chat_template:
-        (folder / "chat_template.jinja").write_text(text.chat_template)
+        llava.write_template(text.chat_template, folder)
+    whole, name = trained_whole(model, args.train_type), args.model_name_or_path
+    lora.save(model, folder, source, llava.transformers_name, whole, state, name)
 
 
 def schedule(step: int, total_steps: int, warmup_steps: int, kind: str) -> float:
@@ -1245,10 +1255,12 @@ def summarize(args, progress: dict, total_steps: int, source: Path):
             f"first and {last - lowest:.4f} below the last:\n  {out}/best"
         )
     folder = f"{out}/{'best' if best < step else 'final'}"
-    folder = f"{source} --adapter {folder}" if args.train_type == "use_lora" else folder
+    base = args.model_name_or_path
+    folder = f"{base} --adapter {folder}" if args.train_type == "use_lora" else folder
     print(f"  python chat.py --model_name_or_path {folder} --image FILE")
     if args.train_type == "use_lora":
-        print(f"  python lora.py merge --model_name_or_path {folder} --out {out}/merged")
+        choice = "  # or --dequantize: onto nf4's weights" if args.bits == 4 else ""
+        print(f"  python merge.py --model_name_or_path {folder} --out {out}/merged{choice}")
 
 
 # --- the loop ---

@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import resource
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -527,6 +528,24 @@ def tiny_llava(seed=0, device="cpu", **text):
         return LlavaForConditionalGeneration(config).eval()
 
 
+def batch():
+    """Two rows with a picture each for `tiny_llava`."""
+    generator = torch.Generator().manual_seed(1)
+    input_ids = torch.randint(0, 98, (2, 12), generator=generator)
+    input_ids[:, 1:5] = 99
+    pixel_values = torch.randn(2, 3, 28, 28, generator=generator)
+    return {"input_ids": input_ids, "pixel_values": pixel_values}
+
+
+def logits_of(model):
+    with torch.no_grad():
+        return model.eval()(**batch()).logits.float()
+
+
+def close(a, b, tolerance):
+    assert a.shape == b.shape and (a - b).abs().max() <= tolerance, (a - b).abs().max()
+
+
 def adapt(model, seed=0, train_projector=True, **options):
     """Adapters on the decoder's blocks of a tiny LLaVA, as if they had been trained for a while."""
     options = {"r": 4, "alpha": 8} | options
@@ -543,6 +562,16 @@ def saved(model, out, base=None, **options):
     options = {"rename": llava.transformers_name, "modules_to_save": [PROJECTOR]} | options
     lora.save(model, out, base, **options)
     return out
+
+
+def old_llava_folder(folder, out):
+    """The folder with the tower's keys spelled as llava-hf's are, and a buffer that they carry."""
+    shutil.copytree(folder, out)
+    tensors = load_file(out / "model.safetensors")
+    old = ("vision_tower.", "vision_tower.vision_model.")
+    tensors = {name.replace(*old): tensor for name, tensor in tensors.items()}
+    tensors["vision_tower.vision_model.embeddings.position_ids"] = torch.arange(5)[None]
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
 
 
 @pytest.fixture(scope="session")

@@ -86,7 +86,7 @@ print(batch["pixel_values"].shape, tokenizer.decode(labels[labels >= 0]))
 
 
 @pytest.mark.parametrize("name", ALONE)
-def test_a_file_alone_in_an_empty_folder_does_its_work(name, tmp_path):  # lora.py: see PASTED
+def test_a_file_alone_in_an_empty_folder_does_its_work(name, tmp_path):  # lora.py: in test_lora.py
     script, printed = ALONE[name]
     shutil.copy(HERE / f"{name}.py", tmp_path)
     if name == "data":
@@ -338,6 +338,6 @@ def test_every_command_of_the_readme_runs(world, tmp_path, monkeypatch, capsys):
         "okvqa.py",
         "chat.py",
         "data.py",
-        "lora.py",
+        "merge.py",
         "bench.py",
     }

@@ -13,24 +13,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import (
-    ASKED,
-    HERE,
-    adapt,
-    noise,
-    okvqa_argv,
-    refused,
-    row,
-    saved,
-    theirs,
-    tiny_llava,
-    write,
-    write_vqa,
-)
+from conftest import ASKED, HERE, noise, okvqa_argv, refused, row, theirs, write, write_vqa
 from PIL import Image
 
 import data
-import lora
 import model as llava
 import okvqa
 from data import IGNORE, IMAGE
@@ -517,26 +503,3 @@ def test_check_reports_the_tokens_that_training_sees(toy, tiny, capsys):
         == f"{(batch['labels'] != IGNORE).sum() / sum(lengths):.1%} of the tokens"
     )
     assert report["cut"].startswith("0 rows (0.00%)") and report["faults"] == "0"
-
-
-def test_the_merge_command(tmp_path, capsys):
-    tiny_llava().save_pretrained(tmp_path / "base")
-    model = tiny_llava()
-    adapt(model)
-    saved(model, tmp_path / "adapter", tmp_path / "base")
-    flags = {"--model_name_or_path": "base", "--adapter": "adapter", "--out": "out"}
-
-    def run(*more, **changed):
-        words = flags | {f"--{k}": v for k, v in changed.items()}
-        argv = ["merge"] + [w for k, v in words.items() for w in (k, str(tmp_path / v))]
-        capsys.readouterr()
-        code = lora.main(argv + list(more))
-        return code, capsys.readouterr().err
-
-    message = f"error: {tmp_path}/adapter was not trained over 4 bits: leave --dequantize out\n"
-    assert run("--dequantize") == (2, message)
-    assert run(adapter="none")[0] == 2 and run(model_name_or_path="none")[0] == 2
-    assert not (tmp_path / "out").exists()
-    assert run("--dequantize", "False")[0] == 0
-    code, message = run()
-    assert code == 2 and message.count("\n") == 1 and "out exists" in message
