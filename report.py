@@ -446,32 +446,28 @@ def last_words(flags: dict, step: int, total_steps: int, evaluations: list):
 
     evaluations: [(step, validation loss)]. A `best` that somebody has removed is not named.
     """
-    out, steps, losses = (
-        Path(flags["output_dir"]),
-        *(zip(*evaluations) if evaluations else ((), ())),
-    )
+    out, losses, early = Path(flags["output_dir"]), [loss for _, loss in evaluations], ""
     best = losses.index(min(losses)) if losses else None
-    done = f"done after step {step}"
     if step < total_steps:
-        done += f" of {total_steps}: {len(losses) - 1 - best} evaluations without a better loss"
-    print(f"{done}: {out}/final")
+        early = f" of {total_steps}: {len(losses) - 1 - best} evaluations without a better loss"
+    print(f"done after step {step}{early}:\n  {out}/final")
     folder = out / "final"
     if losses:
         print(
-            f"best at step {steps[best]}: validation loss {losses[best]:.4f}, "
-            f"{losses[0] - losses[best]:.4f} below the first and "
+            f"best at step {evaluations[best][0]}: validation loss {losses[best]:.4f}, "
+            f"{losses[0] - losses[best]:.4f} below the first,\n"
             f"{losses[-1] - losses[best]:.4f} below the last"
         )
-    if losses and (out / "best").is_dir():
-        print(f"  {out}/best")
-        folder = out / "best" if steps[best] < step else folder
-    model = ["--model_name_or_path", folder]
-    if flags["train_type"] == "use_lora":
-        model = ["--model_name_or_path", flags["model_name_or_path"], "--adapter", folder]
-    bits = ["--bits", 4] if flags["bits"] == 4 else []
-    print(command("chat.py", *model, *bits))
-    if flags["train_type"] == "use_lora":
-        print(command("merge.py", *model, "--out", out / "merged"))
+        if (out / "best").is_dir():
+            print(f"  {out}/best")
+            folder = out / "best" if evaluations[best][0] < step else folder
+    bits, model = ["--bits", 4] if flags["bits"] == 4 else [], ["--model_name_or_path", folder]
+    if flags["train_type"] != "use_lora":
+        print("talk to it:", command("chat.py", *model), sep="\n")
+        return
+    model = ["--model_name_or_path", flags["model_name_or_path"], "--adapter", folder]
+    print("talk to it, or merge it:", command("chat.py", *model, *bits), sep="\n")
+    print(command("merge.py", *model, "--out", out / "merged"))
     if bits:
         print("  (with --dequantize: into the 4-bit values that it was trained on)")
 

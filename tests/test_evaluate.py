@@ -11,7 +11,7 @@ import unicodedata
 
 import pytest
 import torch
-from conftest import HERE, LORA, OWN, evaluated, losses_of, metrics_of, run
+from conftest import HERE, LORA, evaluated, losses_of, metrics_of, run
 from safetensors.torch import load_file
 from transformers import LlavaForConditionalGeneration
 
