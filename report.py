@@ -46,16 +46,11 @@ def show_modules(model, count):
 
 def show_batches(micro: int, accumulation: int, world: int, rows: int, per_epoch: int, total: int):
     """Prints what a step is, and how many there are."""
-    print(
-        f"batch: {micro} rows x {accumulation} accumulated x {world} processes = "
-        f"{micro * accumulation * world} rows a step"
-    )
+    step, gpus = micro * accumulation * world, torch.cuda.device_count()
+    print(f"batch: {micro} rows x {accumulation} accumulated x {world} processes = {step} rows")
     print(f"steps: {rows:,} rows, {per_epoch:,} steps an epoch, {total:,} in all")
-    if torch.cuda.device_count() > world:
-        print(
-            f"GPUs: this uses {world} of {torch.cuda.device_count()}; `deepspeed train.py "
-            "--deepspeed ds_zero2.json` and the same flags use all"
-        )
+    if gpus > world == 1:
+        print(f"GPUs: 1 of {gpus}; `deepspeed train.py --deepspeed ds_zero2.json` uses all")
 
 
 def memory(model, count, world: int, stage: int, masters: bool) -> dict:
@@ -76,14 +71,13 @@ ON_HOST["all"] = ["weights", *ON_HOST["optimizer"]]
 
 
 def show_memory(held: dict, offload: str = "none"):
-    """Prints it, and on a GPU whether it has room for that, without any activations."""
+    """Prints it, and on a GPU where even that, without any activations, does not fit."""
     sizes = ", ".join(f"{what} {size / 2**20:,.1f} MiB" for what, size in held.items())
-    away = ON_HOST[offload]
-    print(f"memory: {sizes}" + (f"; on the host: {', '.join(away)}" if away else ""), flush=True)
+    print("memory: " + sizes, flush=True)
     if not torch.cuda.is_available():
         return
     room = torch.cuda.get_device_properties().total_memory
-    here = sum(size for what, size in held.items() if what not in away)
+    here = sum(size for what, size in held.items() if what not in ON_HOST[offload])
     if here > room:
         print(
             f"this does not fit: {here / 2**30:,.1f} GiB, and the GPU has {room / 2**30:,.1f}; try "
@@ -97,11 +91,10 @@ def peak(device: str) -> dict:
     """The most memory held so far, {name: GiB}: on a GPU what tensors took, and what torch took
     from the device for them; else by this process.
     """
-    if device == "cuda":
-        sizes = {"peak_gib": torch.cuda.max_memory_allocated()}
-        sizes["reserved_gib"] = torch.cuda.max_memory_reserved()
-        return {name: size / 2**30 for name, size in sizes.items()}
-    return {"peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
+    if device != "cuda":
+        return {"peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
+    sizes = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+    return {"peak_gib": sizes[0] / 2**30, "reserved_gib": sizes[1] / 2**30}
 
 
 class Trial:
@@ -119,10 +112,8 @@ class Trial:
         """Prints what the tried steps, which have taken `seconds`, say of the whole run."""
         seconds = sum(self.seconds[1:]) / self.tokens[1:].sum() * self.total_tokens
         duration = datetime.timedelta(seconds=math.ceil(seconds))
-        sizes = ", ".join(
-            f"{name.replace('_gib', '')} {x:.2f} GiB" for name, x in peak(device).items()
-        )
-        print(f"dry run: {sizes}; {self.total_steps:,} steps take {duration}, without evaluations")
+        most = ", ".join(f"{name[:-4]} {size:.2f} GiB" for name, size in peak(device).items())
+        print(f"dry run: {most}; {self.total_steps:,} steps take {duration}, without evaluations")
 
 
 # --- each step ---
@@ -190,8 +181,6 @@ class TensorBoard(Silent):
 
 
 class WandB(Silent):
-    COLUMNS = ("id", "question", "answer", "prediction", "right")
-
     def __init__(self, out: Path, run_id: str, step: int, flags: dict):
         import wandb
 
@@ -207,12 +196,9 @@ class WandB(Silent):
         self.run.log(metrics, step=metrics["step"])
 
     def evaluation(self, metrics, answers, sheet):
-        rows = [[str(a[column]) for column in self.COLUMNS] for a in answers]
-        shown = {
-            "answers": self.wandb.Table(list(self.COLUMNS), rows),
-            "samples": self.wandb.Image(sheet),
-        }
-        self.step(metrics | shown)
+        columns = ["id", "question", "answer", "prediction", "right"]
+        table = self.wandb.Table(columns, [[str(a[key]) for key in columns] for a in answers])
+        self.step({**metrics, "answers": table, "samples": self.wandb.Image(sheet)})
 
     def close(self):
         self.run.finish()
@@ -315,11 +301,11 @@ def is_right(answer: dict) -> bool:
     return answer.get("vqa_accuracy", answer["right"]) > 0
 
 
-def draw_samples(answers: list[dict], records, pictures) -> Image.Image:
+def draw_samples(answers: list[dict], records, pictures, title: str = "") -> Image.Image:
     """A sheet of up to twelve questions with their pictures, what was expected and predicted."""
     shown = [answers[i * len(answers) // 12] for i in range(12)] if len(answers) > 12 else answers
     sheet, y = Image.new("RGB", (1632, 3200), "white"), 96
-    title = f"{sum(map(is_right, answers)):,} of {len(answers):,} answers are right"
+    title += f"{sum(map(is_right, answers)):,} of {len(answers):,} answers are right"
     ImageDraw.Draw(sheet).text((48, 24), title, INK, ImageFont.load_default(26))
     for k in range(0, len(shown), 3):
         cards = enumerate(shown[k : k + 3])
@@ -407,18 +393,20 @@ def draw_line(pen, x: int, font, found: list[tuple], name: str, colour: str, cor
         pen.line(points, colour, 3)
         for point in points if corners else ():
             pen.regular_polygon((*point, 8), corners, fill=colour)
-    pen.text((x + 40, 64), name, INK, font)
+    pen.text((x + 44, 64), name, INK, font)
     return font.getlength(name)
 
 
 def draw(out: Path, answers: list[dict], records, pictures) -> Image.Image:
-    """Writes curves.png of a run, and samples.png of its newest answers; returns the latter."""
-    sheets = {"curves.png": draw_curves(read_lines(out / "metrics.jsonl"))}
-    sheets["samples.png"] = draw_samples(answers, records, pictures)
-    for name, sheet in sheets.items():
+    """Writes curves.png of a run, and samples.png of its newest evaluation; returns the latter."""
+    metrics = read_lines(out / "metrics.jsonl")
+    newest = [m for m in metrics if "eval_loss" in m][-1]
+    title = f"step {newest['step']:,}: validation loss {newest['eval_loss']:.4f}, "
+    samples = draw_samples(answers, records, pictures, title)
+    for name, sheet in (("curves.png", draw_curves(metrics)), ("samples.png", samples)):
         with cli.written(out / name) as part:
             sheet.save(part, "PNG")
-    return sheets["samples.png"]
+    return samples
 
 
 # --- the end ---
@@ -431,8 +419,10 @@ def command(script: str, *words) -> str:
     script = os.path.relpath(Path(__file__).with_name(script))
     parts = [f"  {shlex.quote(python)} {shlex.quote(script)}"]
     for word in map(str, words):
-        parts += [word] if word.startswith("--") else []
-        parts[-1] += "" if word.startswith("--") else f" {shlex.quote(word)}"
+        if word.startswith("--"):
+            parts.append(word)
+        else:
+            parts[-1] += f" {shlex.quote(word)}"
     lines = parts[:1]
     for part in parts[1:]:
         if len(lines[-1]) + len(part) > 76:

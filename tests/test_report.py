@@ -68,7 +68,7 @@ def test_what_exceeds_the_gpu_is_said_before_step_1(monkeypatch, capsys):
         assert ("--offload" in printed and "ds_zero3.json" in printed) != fits
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     report.show_batches(4, 2, 1, 100, 13, 13)
-    assert "this uses 1 of 8" in capsys.readouterr().out
+    assert "GPUs: 1 of 8; `deepspeed" in capsys.readouterr().out
 
 
 def test_a_dry_run_measures_and_writes_nothing(world, tmp_path, capsys):
@@ -282,7 +282,8 @@ def test_each_evaluation_leaves_pictures_which_can_be_drawn_again(world, tmp_pat
     assert max(map(len, output.split("done after")[0].split("\n"))) <= 80
     dataset = data.open_dataset(world / "rows.json", world / "images", world / "llava")
     newest = [a for a in said if a["step"] == 2]
-    samples = report.draw_samples(newest, dataset.records, dataset.pictures)
+    title = f"step 2: validation loss {metrics_of(tmp_path / 'a')[-1]['eval_loss']:.4f}, "
+    samples = report.draw_samples(newest, dataset.records, dataset.pictures, title)
     drawn = {"samples.png": samples, "curves.png": report.draw_curves(metrics_of(tmp_path / "a"))}
     for again in (False, True):
         for name, picture in drawn.items():
