@@ -23,12 +23,12 @@ import sys
 from pathlib import Path
 
 import torch
-from evaluate import open_model
 from transformers import TextStreamer
 
 import fast
 from cli import Parser, command, number, one_line
 from data import IMAGE, VERSIONS, ChatText, PictureTransform, decode_picture
+from evaluate import open_model
 from model import Llava, open_tokenizer, resolve
 
 HELP = "/image FILE shows it a picture, /clear begins anew; Ctrl-C stops an answer, Ctrl-D ends"

@@ -672,13 +672,6 @@ class LlavaDataset(torch.utils.data.Dataset):
                 raise ValueError(fault)
         return self.item(i, [0], [IGNORE], [], fault=fault)
 
-    def load(self, i: int) -> dict:
-        messages, names = parse_record(self.records[i])
-        ids, labels = self.text.ids_and_labels(messages)
-        keep = self.fit(ids, labels)
-        pixels = [self.transform(decode_picture(self.pictures.read(name), name)) for name in names]
-        return self.item(i, ids[:keep], labels[:keep], pixels, cut=len(ids) - keep)
-
     def item(self, i: int, ids, labels, pixels, cut: int = 0, fault: str | None = None) -> dict:
         size = self.transform.size
         pixels = np.array(pixels, np.float32).reshape(-1, 3, size, size)  # (n, 3, S, S), n may be 0
@@ -690,6 +683,17 @@ class LlavaDataset(torch.utils.data.Dataset):
             "cut": cut,
             "fault": fault,
         }
+
+    def load(self, i: int) -> dict:
+        messages, names = parse_record(self.records[i])
+        ids, labels = self.text.ids_and_labels(messages)
+        keep = self.fit(ids, labels)
+        pixels = [self.picture(name) for name in names]
+        return self.item(i, ids[:keep], labels[:keep], pixels, cut=len(ids) - keep)
+
+    def picture(self, name: str) -> np.ndarray:
+        """(3, S, S) float32: one of the pictures, as the tower gets it."""
+        return self.transform(decode_picture(self.pictures.read(name), name))
 
     def fit(self, ids: list[int], labels: list[int]) -> int:
         """How many ids fit into `max_length`. What is cut off is the end, wherever that falls, but

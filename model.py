@@ -120,22 +120,30 @@ class Llava(nn.Module):
         tower = self.vision_tower
         return tower.vision_model.embeddings.num_positions - tower.first
 
-    def embed(self, input_ids, pixel_values):
-        """(B, T, D): the text's embeddings, with each picture's features over its placeholders.
+    def features(self, pixel_values):
+        """(N, P, D): what the language model is shown of N pictures (N, 3, S, S).
 
-        A batch without a picture sends a blank one through tower and projector and drops its
-        features. Under ZeRO-3 a process that calls a module waits until all others call it too, and
+        Without a picture a blank one goes through tower and projector, and its features are
+        dropped. Under ZeRO-3 a process that calls a module waits until all others call it too, and
         would wait for ever; and every weight that trains must get a gradient, if only zero.
         """
         pictures = len(pixel_values)
         if not pictures:
             side = self.config.vision_config.image_size
             pixel_values = pixel_values.new_zeros(1, 3, side, side)
-        # The tower's dtype may be another than the projector's, and that one than the decoder's.
+        # The tower's dtype may be another than the projector's.
         dtype = next(self.multi_modal_projector.parameters()).dtype
-        features = self.multi_modal_projector(self.vision_tower(pixel_values).to(dtype))
+        return self.multi_modal_projector(self.vision_tower(pixel_values).to(dtype))[:pictures]
+
+    def embed(self, input_ids, pixel_values):
+        """(B, T, D): the text's embeddings, with each picture's features over its placeholders.
+
+        In place of pixel_values it takes their `features` (N, P, D): one look at a picture will do
+        for several questions about it.
+        """
+        features = self.features(pixel_values) if pixel_values.dim() == 4 else pixel_values
         embeds = self.language_model.get_input_embeddings()(input_ids)  # (B, T, D)
-        return merge(embeds, features[:pictures], input_ids == self.config.image_token_id)
+        return merge(embeds, features, input_ids == self.config.image_token_id)
 
     def forward(self, input_ids, pixel_values, labels):
         """The summed loss over labelled positions, and how many were predicted right; both scalars.
@@ -482,29 +490,3 @@ def save_pretrained(
         write_template(chat_template, out)
     if aspect_ratio:
         write_aspect_ratio(aspect_ratio, out)
-
-
-# --- for train.py, until it takes these from evaluate.py and cli.py ---
-
-
-def open_model(folder: Path, adapter, bits: int, dtype, device, quant_storage=torch.uint8) -> Llava:
-    """The model of a folder, with its decoder in 4 bits and with an adapter, where asked for."""
-    import functools
-
-    import lora
-
-    quantize = functools.partial(
-        lora.quantize,
-        target_modules=DECODER,
-        compute_dtype=dtype or torch.float32,
-        device=device,
-        quant_storage=quant_storage,
-    )
-    model = from_pretrained(folder, dtype, device, quantize if bits == 4 else None)
-    if adapter:
-        lora.load(model, adapter, folder, transformers_name)
-    return model
-
-
-def one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

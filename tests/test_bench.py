@@ -9,16 +9,12 @@ from conftest import in_this_process
 
 import bench
 import model as llava
-import train
 
 
 def test_flops_are_those_of_the_closed_form(world):
     model = llava.from_pretrained(world / "llava")
-    batch = {
-        "input_ids": torch.zeros(2, 30),
-        "pixel_values": torch.zeros(3, 3, 28, 28),
-        "labels": torch.where(torch.arange(30) < 20, -100, 1).expand(2, 30),
-    }
+    labels = torch.where(torch.arange(30) < 20, -100, 1).expand(2, 30)
+    batch = torch.zeros(2, 30), torch.zeros(3, 3, 28, 28), labels
     D, F, V, L, T, N, P = 32, 48, model.config.text_config.vocab_size, 2, 60, 3, 5
     decoder = (
         2 * T * L * (2 * D * D + 2 * D * D // 2 + 3 * D * F)
@@ -29,10 +25,10 @@ def test_flops_are_those_of_the_closed_form(world):
     for p in model.parameters():
         p.requires_grad_(False)
     forward = tower + projector + decoder + head + sum(attention)
-    assert train.count_flops(model, train.count_weights(model), batch) == forward
+    assert bench.count_flops(model, bench.count_weights(model), *batch) == forward
     model.multi_modal_projector.requires_grad_(True)
     assert (
-        train.count_flops(model, train.count_weights(model), batch)
+        bench.count_flops(model, bench.count_weights(model), *batch)
         == forward + 2 * projector + decoder + head + 2 * attention[1]
     )
 

@@ -41,6 +41,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
+import evaluate
 import lora
 import model as llava
 
@@ -414,10 +415,10 @@ def test_a_model_in_4_bits_leaves_no_file_mapped(tmp_path):
         return str(folder) in Path("/proc/self/maps").read_text()
 
     folder = built(tmp_path, dtype=torch.bfloat16)  # Qwen2's, with biases
-    model = llava.open_model(folder, None, 16, torch.bfloat16, "cpu")
+    model = evaluate.open_model(folder, None, 16, torch.bfloat16, "cpu")
     assert mapped()
     del model
-    model = llava.open_model(folder, None, 4, torch.bfloat16, "cpu")
+    model = evaluate.open_model(folder, None, 4, torch.bfloat16, "cpu")
     assert not mapped() and model.aside
 
 

@@ -29,6 +29,7 @@ from conftest import (
 from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor
 
+import evaluate
 import lora
 import merge
 import model as llava
@@ -96,7 +97,7 @@ def logits_and_words(model):
 
 
 def opened(base, adapter, bits=16):
-    return llava.open_model(base, adapter, bits, torch.float32, "cpu").eval()
+    return evaluate.open_model(base, adapter, bits, torch.float32, "cpu").eval()
 
 
 def run_merge(base, adapter, out, *flags):
