@@ -29,20 +29,21 @@ import argparse
 import ctypes
 import datetime
 import functools
+import hashlib
 import importlib.util
 import json
 import math
+import multiprocessing
 import os
 import re
 import resource
 import secrets
 import shutil
 import signal
-import subprocess
 import sys
 import textwrap
 import time
-import zipfile
+import traceback
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +55,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
+import checkpoint
 import data
 import lora
 import model as llava
@@ -190,61 +192,45 @@ def set_learning_rates(optimizer, factor: float):
 # --- engines: plain torch or DeepSpeed, by the same calls ---
 
 
-class Agreed(ValueError):
-    """An error that every rank raises, so that none waits for another; rank 0 says it."""
-
-
-def gather(rows: list) -> list:
-    """The lists of all ranks, as one."""
-    if not dist.is_initialized():
-        return rows
-    shares = [None] * dist.get_world_size()
-    dist.all_gather_object(shares, rows)
-    return [row for share in shares for row in share]
-
-
-def agree(faults: list[str]):
-    """Every rank stops with the first fault that any of them has."""
-    if faults := gather(faults):
-        raise Agreed(faults[0])
-
-
-def together(do, *args):
-    """do(*args) on every rank; what is wrong for one of them, or for all, stops all in one line."""
-    result, faults = None, []
-    try:
-        result = do(*args)
-    except (ValueError, OSError) as error:
-        faults.append(llava.one_line(error))
-    agree(faults)
-    return result
-
-
-class Alone:
-    """One process: the sums over all ranks are its own."""
+class OneProcess:
+    """One process: the sums and lists of all ranks are its own."""
 
     rank, world = 0, 1
 
-    def all_reduce(self, *numbers):
+    def sum(self, *numbers):
         return numbers
 
+    def gather(self, rows: list) -> list:
+        return rows
 
-class Plain(Alone):
+
+def make_moments(adamw, weights):
+    """AdamW makes them in its first step; a checkpoint is to be put into them before that."""
+    for p in weights:
+        adamw.state[p] = {
+            "step": torch.zeros((), device=p.device),
+            "exp_avg": torch.zeros_like(p),
+            "exp_avg_sq": torch.zeros_like(p),
+        }
+
+
+class Plain(OneProcess):
     """Does in plain torch what DeepSpeed does: fp32 gradients and masters of bf16 weights."""
 
     def __init__(self, model, args):
         self.model, self.max_grad_norm = model, args.max_grad_norm or math.inf  # 0: no clipping
-        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.masters = {
+        self.weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.trained = {
             name: p if p.dtype == torch.float32 else p.detach().float()
-            for name, p in trained.items()
-        }
-        self.optimizer = make_optimizer(self.masters, args)
-        self.copies = [
-            (self.masters[name], p) for name, p in trained.items() if p is not self.masters[name]
-        ]
-        for master, p in self.copies:
-            p.register_post_accumulate_grad_hook(functools.partial(self._collect, master))
+            for name, p in self.weights.items()
+        }  # the masters
+        self.optimizer = make_optimizer(self.trained, args)
+        make_moments(self.optimizer, self.trained.values())
+        for name, p in self.weights.items():
+            if p is not self.trained[name]:
+                p.register_post_accumulate_grad_hook(
+                    functools.partial(self._collect, self.trained[name])
+                )
 
     @staticmethod
     def _collect(master, p):
@@ -261,7 +247,7 @@ class Plain(Alone):
     def step(self, factor: float) -> float:
         """One update at `factor` times the learning rates; the gradient's norm before clipping."""
         set_learning_rates(self.optimizer, factor)
-        norm = torch.nn.utils.clip_grad_norm_(self.masters.values(), self.max_grad_norm).item()
+        norm = torch.nn.utils.clip_grad_norm_(self.trained.values(), self.max_grad_norm).item()
         if math.isfinite(norm):
             self.optimizer.step()
             self._copy_masters()
@@ -270,46 +256,56 @@ class Plain(Alone):
 
     @torch.no_grad()
     def _copy_masters(self):
-        for master, p in self.copies:
-            p.copy_(master)
+        for name, p in self.weights.items():
+            if p is not self.trained[name]:
+                p.copy_(self.trained[name])
 
     def state(self, frozen: bool = True) -> dict:
         """{name: fp32 tensor} of all that trains."""
-        return {name: master.detach() for name, master in self.masters.items()}
+        return {name: master.detach() for name, master in self.trained.items()}
 
-    def save(self, folder: Path, attempt):
-        attempt(
-            torch.save,
-            {"weights": self.state(), "optimizer": self.optimizer.state_dict()},
-            folder / "state.pt",
-        )
+    def get(self, name: str, part: str):
+        master = self.trained[name]
+        return master.detach() if part == "weight" else self.optimizer.state[master][part]
 
-    def load(self, folder: Path, world: int):
-        saved = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
-        for name, master in self.state().items():
-            master.copy_(saved["weights"][name])
-        self.optimizer.load_state_dict(saved["optimizer"])
+    def put(self, name: str, part: str, value):
+        self.get(name, part).copy_(value)
+
+    def refresh(self, step: int):
+        for state in self.optimizer.state.values():
+            state["step"].fill_(step)
         self._copy_masters()
 
 
-class ZeRO(Alone):
+class ZeRO(OneProcess):
     """Many processes, DeepSpeed's engine inside. Each holds its share of gradients, masters and
     moments (stage 2), and of the weights too (stage 3).
+
+    NOTE: where names are DeepSpeed's private ones a comment says so; they are those of 0.19.8.
     """
 
     def __init__(self, model, args, config: dict):
         import deepspeed
 
         self.model, self.deepspeed = model, deepspeed
-        if config["zero_optimization"]["stage"] == 3:
+        self.stage = config["zero_optimization"]["stage"]
+        if self.stage == 3:
             self.partition(config, torch.bfloat16 if args.bf16 else torch.float32)
-        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.engine, *_ = deepspeed.initialize(
-            model=model, optimizer=make_optimizer(trained, args), config=config
+            model=model, optimizer=make_optimizer(self.trained, args), config=config
         )
-        self.engine._copy_recovery_script = lambda folder: None  # a write that could fail unheard
         self.optimizer = self.engine.optimizer
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        make_moments(self.optimizer.optimizer, self._masters())
+        if self.stage == 2:  # it would link moments with weights after the first group's first step
+            self.optimizer._lazy_init_hp_params_optimizer_state()  # private
+
+    def _masters(self) -> list:
+        """The flat tensors that this rank's AdamW updates, one or several for each of its groups."""
+        if self.stage == 2:
+            return self.optimizer.single_partition_of_fp32_groups  # private
+        return self.optimizer.fp32_partitioned_groups_flat  # private
 
     def partition(self, config: dict, dtype):
         """Partitions the weights among the ranks, one weight at a time.
@@ -327,10 +323,15 @@ class ZeRO(Alone):
         for buffer in self.model.buffers():
             buffer.data = buffer.data.to("cuda" if torch.cuda.is_available() else "cpu")
 
-    def all_reduce(self, *numbers):
+    def sum(self, *numbers):
         total = torch.tensor(numbers, dtype=torch.float64, device=self.engine.device)
         dist.all_reduce(total)
         return total.tolist()
+
+    def gather(self, rows: list) -> list:
+        shares = [None] * self.world
+        dist.all_gather_object(shares, rows)
+        return [row for share in shares for row in share]
 
     def forward(self, *inputs):
         return self.engine(*inputs)
@@ -354,71 +355,40 @@ class ZeRO(Alone):
         state = {}
         for name, p in self.model.named_parameters():
             if p.requires_grad:
-                state[name] = self.deepspeed.utils.safe_get_full_fp32_param(p).cpu()
+                whole = self.get(name, "weight")
+                state.update({name: whole.cpu()} if self.rank == 0 else {})
             elif frozen and hasattr(p, "ds_id"):
                 with self.deepspeed.zero.GatheredParameters([p]):
-                    state[name] = p.detach().to("cpu", copy=True)
-            if self.rank > 0:
-                state.clear()
+                    state.update({name: p.detach().to("cpu", copy=True)} if self.rank == 0 else {})
         return state
 
-    def save(self, folder: Path, attempt):
-        """NOTE: its ranks wait for one another, so a write that fails must not raise in there."""
-        self.engine.checkpoint_engine.save = lambda state_dict, path: attempt(
-            torch.save, state_dict, path
-        )
-        self.engine.save_checkpoint(
-            str(folder), tag="state", exclude_frozen_parameters=True, save_latest=False
-        )
+    def get(self, name: str, part: str):
+        utils, p = self.deepspeed.utils, self.trained[name]
+        if part == "weight":
+            return utils.safe_get_full_fp32_param(p)
+        return utils.safe_get_full_optimizer_state(p, part)
 
-    def load(self, folder: Path, world: int):
-        """NOTE: DeepSpeed unpickles its files, so only checkpoints of this very run come here."""
-        if world == self.world:
-            self.engine.load_checkpoint(str(folder), tag="state", load_module_strict=False)
-        else:
-            self._load_universal(folder)
+    def put(self, name: str, part: str, value):
+        p, key = self.trained[name], None if part == "weight" else part
+        if self.stage == 2:
+            p.set_full_hp_param(value, key)  # private
+            return
+        # safe_set_full_... would want a size that the number of ranks divides.
+        size = p.ds_tensor.numel()  # private; of this rank's share, the last one is padded
+        share = value.flatten()[size * self.rank : size * (self.rank + 1)]
+        share = torch.nn.functional.pad(share, (0, size - len(share)))
+        self.optimizer.set_local_hp_param(share, p, key)  # private
 
-    def _load_universal(self, folder: Path):
-        """What another number of processes wrote, through DeepSpeed's form for any number."""
-        universal, attempt = folder.with_suffix(".universal"), Attempts()
-        groups = [
-            {key: value for key, value in group.items() if key != "params"}
-            for group in self.optimizer.param_groups
-        ]
-        if self.rank == 0:
-            attempt(make_universal, folder / "state", universal / "state")
-        agree(attempt.faults)
-        self.engine._config.load_universal_checkpoint = True
-        self.engine.load_checkpoint(str(universal), tag="state")
-        # Stage 3 has given all groups what the first one has, and one counter of steps to all.
-        for group, own in zip(self.optimizer.param_groups, groups):
-            group.update(own)
-        for p, state in self.optimizer.state.items():
-            state["step"] = state["step"].to(p.device, copy=True)
-        dist.barrier()  # all have read it
-        if self.rank == 0:
-            shutil.rmtree(universal)
-
-
-def make_universal(state: Path, out: Path):
-    """Writes what DeepSpeed's processes have saved anew: whole, in a folder for each weight."""
-    shutil.rmtree(out, ignore_errors=True)  # of a run that died meanwhile
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "deepspeed.checkpoint.ds_to_universal",
-            "--inject_missing_state",
-            "--input_folder",
-            state,
-            "--output_folder",
-            out,
-        ],
-        capture_output=True,
-        text=True,
-    )
-    if done.returncode:
-        raise RuntimeError(done.stderr.strip().split("\n")[-1])
+    def refresh(self, step: int):
+        for state in self.optimizer.optimizer.state.values():
+            state["step"].fill_(step)
+        if self.stage == 2:
+            self.optimizer.update_lp_params()  # private
+            return
+        self.optimizer.checkpoint_event_prologue()  # private
+        for i in range(len(self._masters())):
+            self.optimizer._reassign_or_swap_out_partitioned_parameters(i)  # private
+        self.optimizer.checkpoint_event_epilogue()  # private
 
 
 OFFLOADED = {
@@ -577,10 +547,10 @@ def evaluate(model, dataset, engine, collate, args, device, step=0) -> tuple[dic
         faults += batch["faults"]  # why rows could not be used
         loss, right = model(*to_device(batch, device))
         sums += loss.item(), right.item(), (batch["labels"] >= 0).sum().item()
-    loss, right, tokens, faulty = engine.all_reduce(*sums.tolist(), len(faults))
-    handle_faults(faults, faulty, args)
+    handle_faults(faults, args)
+    loss, right, tokens = engine.sum(*sums.tolist())
     if not tokens or not math.isfinite(loss):
-        raise Agreed(
+        raise ValueError(
             f"{dataset.records.path}: "
             + (f"the loss on its rows is {loss}" if tokens else "none of its rows can be used")
         )
@@ -590,7 +560,7 @@ def evaluate(model, dataset, engine, collate, args, device, step=0) -> tuple[dic
     answers = []
     for batch in eval_batches(questions, engine, args, collate, device):
         answers += answer(model, batch, questions, engine, args, device)
-    answers = [a for _, a in sorted(gather(answers), key=lambda pair: pair[0])]
+    answers = [a for _, a in sorted(engine.gather(answers), key=lambda pair: pair[0])]
     scores = {}
     for a in answers:
         scores.setdefault("eval_exact_match", []).append(a["right"])
@@ -633,36 +603,30 @@ def answer(model, batch: dict, questions: Questions, engine, args, device) -> li
 
 # --- a run on disk ---
 
-# Flags that may differ between a run and its continuation: they change nothing that is learnt, as
-# long as a step has as many rows.
+# Flags that may differ between a run and its continuation: where things go and how often, and what
+# changes nothing that is learnt as long as a step has as many rows. Of two files (the rows) the
+# content counts, not the path.
 FREE_FLAGS = {
     "output_dir",
     "resume_from_checkpoint",
+    "dry_run",
+    "data_path",
+    "validation_data_path",
+    "image_folder",
     "dataloader_num_workers",
     "logging_steps",
+    "report_to",
     "save_steps",
     "save_total_limit",
+    "on_bad_record",
     "per_device_eval_batch_size",
     "local_rank",
-    "report_to",
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
+    "gradient_checkpointing",
+    "deepspeed",
+    "offload",
 }
-
-
-def checkpoints(out: Path) -> list[Path]:
-    """The whole checkpoints in a run's folder, oldest first."""
-    steps = {
-        int(path.name.split("-")[1]): path
-        for path in out.iterdir()
-        if re.fullmatch(r"checkpoint-\d+", path.name) and (path / "progress.json").is_file()
-    }
-    return [steps[step] for step in sorted(steps)]
-
-
-def check_empty(out: Path):
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"--output_dir {out}: not empty, and no run; name a new folder")
 
 
 def rows_a_step(args) -> int:
@@ -674,154 +638,23 @@ def rows_a_step(args) -> int:
     )
 
 
-def open_run(args) -> tuple[str, list[Path]]:
-    """The id of the run in `output_dir`, and the checkpoints to resume from, the best one last.
-
-    Raises ValueError where `output_dir` is the source, another run's, or something else.
-    """
-    out = Path(args.output_dir)
-    if out.resolve() == Path(args.model_name_or_path).resolve():
-        raise ValueError(f"--output_dir {out}: the model comes from there; name a new folder")
-    if not (out / "run.json").is_file():
-        check_empty(out)
-        if args.resume_from_checkpoint not in (None, "latest"):
-            raise ValueError(
-                f"--output_dir {out}: no run there to resume from {args.resume_from_checkpoint}"
-            )
-        return secrets.token_hex(8), []
-    if args.resume_from_checkpoint is None:
-        raise ValueError(
-            f"--output_dir {out} holds a run: resume it with --resume_from_checkpoint "
-            "latest, or name a new folder"
-        )
-    run = llava.read_json(out / "run.json")
-    for name, value in vars(args).items():
-        if name not in FREE_FLAGS and run.get("args", {}).get(name) != value:
-            raise ValueError(
-                f"--output_dir {out} holds a run with --{name} "
-                f"{run['args'].get(name)}, not {value}: name a new folder"
-            )
-    if run.get("rows_a_step") != rows_a_step(args):
-        raise ValueError(
-            f"--output_dir {out} holds a run of {run.get('rows_a_step')} rows a step, "
-            f"not {rows_a_step(args)}: change --gradient_accumulation_steps"
-        )
-    if args.resume_from_checkpoint == "latest":
-        return run["id"], checkpoints(out)
-    return run["id"], [Path(args.resume_from_checkpoint)]
-
-
-class Attempts:
-    """What one rank does for itself, a write mostly, whose failure (a full disk, say) is kept until
-    all ranks hear of it and stop together: one that raised alone would leave the others waiting.
-    The one `except` in the loop.
-    """
-
-    def __init__(self):
-        self.faults = []
-
-    def __call__(self, do, *args, **options):
-        """do(*args), whose last argument is the path that it writes to; None where that fails."""
-        try:
-            return do(*args, **options)
-        except Exception as error:  # --report_to hands on whatever its library raises
-            reason = f"{type(error).__name__}: {llava.one_line(error)[:200]}"
-            self.faults.append(
-                f"{args[-1]}: not written ({reason}); the checkpoints before it stay"
-            )
-
-
-def save_checkpoint(engine, out: Path, progress: dict, limit: int, attempt, write=None):
-    """All that a run needs to resume bit for bit, written aside, then renamed; `limit` are kept.
-
-    `write(state, folder)` makes that of a LoRA run a complete adapter, too.
-    """
-    target = out / f"checkpoint-{progress['step']}"
-    part = target.with_suffix(".part")
-    attempt(os.makedirs, part / "state", exist_ok=True)
-    agree(attempt.faults)
-    engine.save(part, attempt)
-    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
-    rng = {"cpu": torch.get_rng_state(), "cuda": cuda}
-    attempt(torch.save, rng, part / f"rng-{engine.rank}.pt")
-    state = engine.state(frozen=False) if write else None  # on every rank: it gathers
-    if write and engine.rank == 0:
-        attempt(write, state, part)
-    agree(attempt.faults)  # every rank has written its share
-    if engine.rank == 0:
-        attempt(publish_checkpoint, progress, limit, target)
-    agree(attempt.faults)
-
-
-def publish_checkpoint(progress: dict, limit: int, target: Path):
-    """Names the files of a checkpoint, whole now, renames it, and removes the oldest ones."""
-    part = target.with_suffix(".part")
-    files = {
-        str(path.relative_to(part)): path.stat().st_size for path in sorted(part.rglob("*.pt"))
-    }
-    replace_file(json.dumps({**progress, "files": files}), part / "progress.json")
-    replace_folder(part, target)
-    for old in checkpoints(target.parent)[:-limit] if limit > 0 else []:
-        shutil.rmtree(old)  # cut short, it is a damaged one, which `load_checkpoint` passes over
-
-
-def damage(folder: Path, rank: int, world: int) -> list[str]:
-    """What is wrong with a checkpoint, as far as this rank's part of its files shows.
-
-    What torch saves is a zip with a checksum of each tensor. Nothing is unpickled before this.
-    """
-    path = folder / "progress.json"
-    try:
-        sizes = llava.read_json(path)["files"]
-        for name in sorted(sizes)[rank::world]:
-            path = folder / name
-            if path.stat().st_size != sizes[name]:
-                raise ValueError(f"not {sizes[name]} bytes long")
-            with zipfile.ZipFile(path) as file:
-                if wrong := file.testzip():
-                    raise ValueError(f"the checksum of {wrong} is wrong")
-    except Exception as error:  # whatever a damaged file brings about
-        return [f"{path}: damaged ({llava.one_line(error)})"]
-    return []
-
-
-def load_checkpoint(engine, folders: list[Path], run_id: str, seed: int) -> dict:
-    """Restores the last of these checkpoints that is whole, and returns its progress.
-
-    If other processes wrote it, as to their number, these draw dropout from `seed` and the step.
-    """
-    for folder in reversed(folders):
-        missing = not (folder / "progress.json").is_file()
-        agree([f"--resume_from_checkpoint {folder}: no checkpoint there"] if missing else [])
-        faults = gather(damage(folder, engine.rank, engine.world))
-        if not faults:
-            break
-        if folder == folders[0]:
-            agree(faults)
-        print(f"{faults[0]}: passed over")
-    progress = llava.read_json(folder / "progress.json")
-    del progress["files"]
-    foreign = progress["run"] != run_id
-    agree(
-        [f"--resume_from_checkpoint {folder}: another run's; it takes only its own"]
-        if foreign
-        else []
+def what_must_stay(args, source: Path) -> dict:
+    """{name in messages: value} of all that makes a run what it is."""
+    same = {f"--{name}": value for name, value in vars(args).items() if name not in FREE_FLAGS}
+    same["--model_name_or_path"] = str(source.resolve())
+    same["--adapter"] = args.adapter and str(Path(args.adapter).resolve())
+    same["rows a step (micro batch x accumulation x processes)"] = rows_a_step(args)
+    same["a base whose weights hash to"] = lora.base_fingerprint(source, llava.transformers_name)
+    same["a --data_path whose content hashes to"] = hash_of(args.data_path)
+    same["a --validation_data_path whose content hashes to"] = (
+        args.validation_data_path and hash_of(args.validation_data_path)
     )
-    engine.load(folder, progress["world"])
-    if progress["world"] == engine.world:
-        rng = torch.load(folder / f"rng-{engine.rank}.pt", map_location="cpu", weights_only=True)
-        torch.set_rng_state(rng["cpu"])
-        if rng["cuda"] is not None and torch.cuda.is_available():
-            torch.cuda.set_rng_state(rng["cuda"])
-    else:
-        print(
-            f"written by {progress['world']} processes, and these are {engine.world}: dropout is "
-            "drawn anew"
-        )
-        torch.manual_seed(seed + engine.rank + progress["step"])
-        progress["world"] = engine.world
-    print(f"resumed from {folder}")
-    return progress
+    return same
+
+
+def hash_of(path: str) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def save_result(write, state: dict, out: Path):
@@ -1202,22 +1035,19 @@ def whole_lines(path: Path) -> list[str]:
     return path.read_text().split("\n")[:-1] if path.exists() else []
 
 
-def open_log(args, run_id: str, step: int, attempt, out: Path):
+def open_log(args, run_id: str, step: int, out: Path):
     """Begins the folder of a run, or takes back the lines after `step`, from which it resumes.
 
     Returns log(m, answers, rows), which shows a step's figures, or an evaluation's with its answers
     to questions on `rows`, to all who look: files, pictures, --report_to.
     """
     out.mkdir(parents=True, exist_ok=True)
-    if not (out / "run.json").exists():  # what `open_run` looks for
-        run = {"id": run_id, "rows_a_step": rows_a_step(args), "args": vars(args)}
-        replace_file(json.dumps(run, indent=2), out / "run.json")
     for path in (out / "metrics.jsonl", out / "predictions.jsonl"):
         kept = [line + "\n" for line in whole_lines(path) if json.loads(line)["step"] <= step]
         replace_file("".join(kept), path)
     tell = open_reporter(args, run_id, step, out)
 
-    def show(m, answers, rows, out):
+    def show(m, answers=(), rows=None):
         sheet = None
         append(out / "metrics.jsonl", m)
         if rows:
@@ -1228,7 +1058,7 @@ def open_log(args, run_id: str, step: int, attempt, out: Path):
             replace_file(draw_curves(metrics), out / "curves.png")
         tell(m, answers, sheet)
 
-    return lambda m, answers=(), rows=None: attempt(show, m, answers, rows, out)
+    return show
 
 
 def summarize(args, progress: dict, total_steps: int, source: Path):
@@ -1237,13 +1067,13 @@ def summarize(args, progress: dict, total_steps: int, source: Path):
     early = f" of {total_steps}: {since_best(progress)} evaluations without a better loss"
     print(f"done after step {step}{early if step < total_steps else ''}: {out}/final")
     best = min(losses, key=losses.get, default=step)
-    if losses:
+    if losses and Path(out, "best").is_dir():
         (first, *_, last), lowest = losses.values(), losses[best]
         print(
             f"best at step {best}: validation loss {lowest:.4f}, {first - lowest:.4f} below the "
             f"first and {last - lowest:.4f} below the last:\n  {out}/best"
         )
-    folder = f"{out}/{'best' if best < step else 'final'}"
+    folder = f"{out}/{'best' if best < step and Path(out, 'best').is_dir() else 'final'}"
     folder = f"{source} --adapter {folder}" if args.train_type == "use_lora" else folder
     print(f"  python model.py chat --model_name_or_path {folder} --image FILE")
     if args.train_type == "use_lora":
@@ -1267,22 +1097,18 @@ class FirstWindow:
         self.finite[name] = self.finite[name] is not False and bool(gradient.isfinite().all())
 
     def check(self):
-        agree(
-            [
-                f"{name} should train, but its gradient is "
-                f"{'missing' if finite is None else 'not finite'}"
-                for name, finite in self.finite.items()
-                if not finite
-            ]
-        )
+        for name, finite in self.finite.items():
+            if not finite:
+                raise ValueError(
+                    f"{name} should train, but its gradient is "
+                    f"{'missing' if finite is None else 'not finite'}"
+                )
         for hook in self.hooks:
             hook.remove()
 
 
 class Trial:
-    """--dry_run: the heaviest step twice (the first one allocates AdamW's moments), and a few more
-    as they come; nothing is written.
-    """
+    """--dry_run: the heaviest step twice, and a few more as they come; nothing is written."""
 
     def __init__(self, plan, lengths, total_steps: int, device: str):
         size = np.where(plan < 0, 0, lengths[plan]).sum(axis=1)  # tokens of each step, about
@@ -1293,11 +1119,11 @@ class Trial:
 
     def report(self, held: dict) -> str:
         seconds = sum(self.seconds[1:]) / self.size[1:].sum() * self.total  # the first one warms up
-        training = (held["gradients"] + held["moments"]) / 2**30
+        training = held["gradients"] / 2**30
         peak = peak_gib(self.device)
         return (
             f"dry run: peak {peak:.2f} GiB, of it {self.before:.2f} before the first step, "
-            f"{training:.2f} gradients and moments, {peak - self.before - training:.2f} "
+            f"{training:.2f} gradients, {peak - self.before - training:.2f} "
             f"activations and logits; {self.total_steps:,} steps take "
             f"{datetime.timedelta(seconds=math.ceil(seconds))}, evaluations not counted"
         )
@@ -1309,6 +1135,12 @@ def to_device(batch: dict, device) -> tuple:
     )
 
 
+def ignore_signals(worker: int):
+    """A worker goes on when its whole group is asked to stop: the run wants its last window."""
+    for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
+        signal.signal(getattr(signal, name), signal.SIG_IGN)
+
+
 def loader(dataset, batches: list, collate, args, device) -> DataLoader:
     """Batches, prepared by worker processes; forked ones share the rows with this one."""
     workers = args.dataloader_num_workers
@@ -1318,6 +1150,7 @@ def loader(dataset, batches: list, collate, args, device) -> DataLoader:
         collate_fn=collate,
         num_workers=workers,
         multiprocessing_context="fork" if workers else None,
+        worker_init_fn=ignore_signals,
         generator=torch.Generator(),  # the default would draw from dropout's
         pin_memory=device == "cuda",
     )
@@ -1341,10 +1174,10 @@ def unusable(fault: str) -> str:
     )
 
 
-def handle_faults(faults: list[str], everywhere: int, args):
-    """Stops every rank if one has a row that could not be used, or says which are skipped."""
-    if everywhere and args.on_bad_record == "stop":
-        agree([unusable(fault) for fault in faults])
+def handle_faults(faults: list[str], args):
+    """Stops where a row could not be used, or says which are skipped."""
+    if faults and args.on_bad_record == "stop":
+        raise ValueError(unusable(faults[0]))
     for fault in faults:
         tqdm.write(f"skipped: {fault}", file=sys.stderr)  # from any rank
 
@@ -1355,14 +1188,19 @@ def since_best(progress: dict) -> int:
     return len(losses) - 1 - losses.index(min(losses)) if losses else 0
 
 
-def check_finite(what: str, value: float, progress: dict, window: list[dict], rows):
+def check_finite(what: str, value: float, progress: dict, window: list[dict], rows, engine):
     """Stops the run, before anything is saved, and names the records of the window."""
-    if not math.isfinite(value):
+    if not math.isfinite(value):  # on all ranks alike
         mine = [rows.where(i) for batch in window for i in batch["rows"] if i >= 0]
-        raise Agreed(
+        raise ValueError(
             f"step {progress['step'] + 1}: the {what} is {value}; its records: "
-            f"{'; '.join(gather(mine))}. The last checkpoint stays"
+            f"{'; '.join(engine.gather(mine))}. The last checkpoint stays"
         )
+
+
+def seed_of(args, step: int, rank: int) -> int:
+    """Of what is drawn in a step: dropout. So no generator's state needs to be saved."""
+    return int(np.random.SeedSequence([args.seed, step, rank]).generate_state(1, np.uint64)[0])
 
 
 def training_mode(model):
@@ -1397,37 +1235,35 @@ def open_rows(args, source: Path):
 def evaluate_only(args) -> int:
     """Evaluates a model, or a model and an adapter; writes figures to `output_dir`, if given."""
     out, source = args.output_dir and Path(args.output_dir), llava.resolve(args.model_name_or_path)
-    if out:
-        check_empty(out)
+    if out and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"--output_dir {out}: not empty; name a new folder")
     _, _, rows = open_rows(args, source)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = load_model(args, source, device)
     collate = data.Collator(model.config.image_token_id, model.tokens_per_picture)
-    metrics, answers = evaluate(model, rows, Alone(), collate, args, device)
+    metrics, answers = evaluate(model, rows, OneProcess(), collate, args, device)
     report(metrics, answers)
     if out:
-        attempt = Attempts()
-        if log := attempt(open_log, args, secrets.token_hex(8), -1, attempt, out):
-            log(metrics, answers, rows)
-        agree(attempt.faults)
+        open_log(args, secrets.token_hex(8), -1, out)(metrics, answers, rows)
     return 0
 
 
-def train(args, config: dict | None, signals: list) -> int:
+def train(args, source: Path, config: dict | None, signals: list) -> int:
     """Trains, or resumes, with DeepSpeed's `config` or alone; 0 when it is done, 3 when it
     was asked to stop: by `signals`, which fills as they come, or by a file `stop` in `output_dir`.
     """
     torch.manual_seed(args.seed)
     device, out = "cuda" if torch.cuda.is_available() else "cpu", Path(args.output_dir)
-    source = together(llava.resolve, args.model_name_or_path)
-    run_id, found = together(open_run, args)
+    if out.resolve() == source.resolve():
+        raise ValueError(f"--output_dir {out}: the model comes from there; name a new folder")
+    same = what_must_stay(args, source)
+    run_id = checkpoint.open_run(out, same, args.resume_from_checkpoint)
     if (out / "final").is_dir():
         print(f"{out}: this run is complete")
         return 0
-    text, train_set, eval_set = together(open_rows, args, source)
+    text, train_set, eval_set = open_rows(args, source)
     stage = config["zero_optimization"]["stage"] if config else 0
-    model = together(load_model, args, source, device, stage)
-    torch.manual_seed(args.seed + int(os.environ["RANK"]))  # each rank drops out differently
+    model = load_model(args, source, device, stage)
     collate = data.Collator(model.config.image_token_id, model.tokens_per_picture)
     if args.gradient_checkpointing:
         model.language_model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -1446,7 +1282,8 @@ def train(args, config: dict | None, signals: list) -> int:
     steps_per_epoch = len(steps_of(0))
     total_steps = math.ceil(steps_per_epoch * args.num_train_epochs)
     total_steps = args.max_steps if args.max_steps > 0 else total_steps
-    warmup_steps = math.ceil(args.warmup_ratio * total_steps)
+    # At the step after the last one of warm-up the rate is above zero: there is such a step.
+    warmup_steps = min(math.ceil(args.warmup_ratio * total_steps), total_steps - 1)
     eval_steps = args.eval_steps if args.eval_steps > 0 else steps_per_epoch
     held = bytes_held(model, args, engine.world, stage)
     describe(model, args, steps_per_epoch, total_steps, len(rows), engine.world, held)
@@ -1456,21 +1293,23 @@ def train(args, config: dict | None, signals: list) -> int:
         total_steps = steps_per_epoch = len(trial.plan)
 
     # The run begins, or is resumed.
-    progress = {
+    progress, log, stop_file = None, lambda *_: None, out / "stop"
+    if engine.rank == 0 and not trial:
+        locked = checkpoint.begin(out, run_id, same)  # noqa: F841  open, and so locked, until the end
+        stop_file.unlink(missing_ok=True)  # an earlier run's
+    if args.resume_from_checkpoint and not trial:
+        progress = checkpoint.load(engine, out, args.resume_from_checkpoint, run_id)
+    resumed = progress is not None
+    progress = progress or {
         "run": run_id,
-        "world": engine.world,
         "step": 0,
+        "supervised": 0,
         "skipped": 0,
         "cut": 0,
         "evaluations": [],
     }  # step and loss of each
-    if found:
-        progress = load_checkpoint(engine, found, run_id, args.seed)
-    attempt, log, stop_file = Attempts(), lambda *_: None, out / "stop"
     if engine.rank == 0 and not trial:
-        log = attempt(open_log, args, run_id, progress["step"] if found else -1, attempt, out)
-        attempt(Path.unlink, stop_file, missing_ok=True)  # an earlier run's
-    agree(attempt.faults)
+        log = open_log(args, run_id, progress["step"] if resumed else -1, out)
     write = functools.partial(write_result, model, args, text, source)
     bar = Progress(total_steps, progress["step"], engine.rank)
     rate, weights = matmul_rate(device, next(model.parameters()).dtype), count_weights(model)
@@ -1501,15 +1340,19 @@ def train(args, config: dict | None, signals: list) -> int:
 
     def over():
         patience = args.early_stopping_patience or math.inf
-        return progress["step"] == total_steps or since_best(progress) >= patience
+        return progress["step"] >= total_steps or since_best(progress) >= patience
 
     def save(name):
         state = engine.state(frozen=args.train_type != "use_lora")  # on every rank: it gathers
         if engine.rank == 0:
-            attempt(save_result, write, state, out / name)
-        agree(attempt.faults)
+            save_result(write, state, out / name)
 
-    if eval_set and not found:
+    def add_adapter(folder):
+        state = engine.state(frozen=False)  # on every rank: it gathers
+        if engine.rank == 0:
+            write(state, folder)
+
+    if eval_set and not resumed:
         validate()
     steps = windows(progress["step"])
     while not over() and not stopping:
@@ -1518,31 +1361,28 @@ def train(args, config: dict | None, signals: list) -> int:
         window = next(steps)
         waited = time.perf_counter() - began
         faults = [fault for batch in window for fault in batch["faults"]]
-        supervised, tokens, padded, count, cut, skipped, stopping, failed = engine.all_reduce(
-            *numbers_of(window),
-            len(faults),
-            bool(signals) or stop_file.exists(),
-            len(attempt.faults),
+        handle_faults(faults, args)
+        supervised, tokens, padded, count, cut, skipped, stopping = engine.sum(
+            *numbers_of(window), len(faults), bool(signals) or stop_file.exists()
         )
-        if failed:
-            agree(attempt.faults)
-        handle_faults(faults, skipped, args)
 
+        torch.manual_seed(seed_of(args, progress["step"], engine.rank))
         sums = torch.zeros(2, dtype=torch.float64, device=device)  # loss, tokens right
         # DeepSpeed averages gradients over ranks; * world turns the average back into a sum.
         for i, batch in enumerate(window):
             loss, right = engine.forward(*to_device(batch, device))
             engine.backward(loss * engine.world / max(supervised, 1), i == accumulation - 1)
             sums += torch.stack([loss.detach(), right])
-        loss, right = (x / max(supervised, 1) for x in engine.all_reduce(*sums.tolist()))
-        check_finite("loss", loss, progress, window, rows)
+        loss, right = (x / max(supervised, 1) for x in engine.sum(*sums.tolist()))
+        check_finite("loss", loss, progress, window, rows, engine)
         if first_window:
             first_window.check()
             first_window = None  # once is enough
         factor = schedule(progress["step"], total_steps, warmup_steps, args.lr_scheduler_type)
         grad_norm = engine.step(factor)
-        check_finite("norm of the gradient", grad_norm, progress, window, rows)
+        check_finite("norm of the gradient", grad_norm, progress, window, rows, engine)
         progress["step"] += 1
+        progress["supervised"] += int(supervised)
         progress["skipped"] += int(skipped)
         progress["cut"] += int(cut)
 
@@ -1572,14 +1412,18 @@ def train(args, config: dict | None, signals: list) -> int:
             validate()
         if step in (steps_per_epoch, total_steps) and progress["skipped"] + progress["cut"]:
             tqdm.write(f"{progress['skipped']} rows were skipped, {progress['cut']} cut short")
+        if step in (steps_per_epoch, total_steps) and not progress["supervised"] and not trial:
+            raise ValueError(
+                f"{args.data_path}: after {step} steps the model has learnt from no "
+                "token: no row could be used (`python data.py check` says why)"
+            )
         if not trial and (stopping or args.save_steps > 0 and step % args.save_steps == 0):
-            save_checkpoint(
+            checkpoint.save(
                 engine,
                 out,
                 progress,
                 args.save_total_limit,
-                attempt,
-                write if args.train_type == "use_lora" else None,
+                add_adapter if args.train_type == "use_lora" else None,
             )
     bar.close()
     if not over():
@@ -1805,6 +1649,9 @@ def keep_memory():
         library.mallopt(MMAP_THRESHOLD, 2**30) or library.mallopt(MMAP_THRESHOLD, 2**25)
 
 
+TIMEOUT = datetime.timedelta(hours=1)  # as rank 0 may write for long, while the others wait
+
+
 def start_processes(args):
     """Sets up this process, and joins the launcher's others; without a launcher it is alone."""
     alone = {
@@ -1825,11 +1672,24 @@ def start_processes(args):
 
         # gloo will do: compiling this, a run that is killed leaves a lock, and all later ones wait.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        deepspeed.init_distributed()
+        deepspeed.init_distributed(timeout=TIMEOUT)
     elif os.environ["WORLD_SIZE"] != "1":
         raise ValueError("many processes need --deepspeed ds_zero2.json, or ds_zero3.json")
     if os.environ["RANK"] != "0":
         sys.stdout = open(os.devnull, "w")  # the first one speaks for all
+
+
+def say(error: str):
+    """Prints why this rank ends. What is wrong for all is rank 0's to say: by the time that another
+    one speaks here, rank 0 would have ended it (see `be_a_rank`).
+    """
+    rank = int(os.environ.get("RANK", "0"))
+    if rank > 0:
+        time.sleep(PATIENCE_SECONDS + int(os.environ["LOCAL_RANK"]) / 4)
+    print(f"train.py: {f'rank {rank}: ' if rank > 0 else ''}{error}", file=sys.stderr, flush=True)
+
+
+PATIENCE_SECONDS = 4
 
 
 def main(argv=None) -> int:
@@ -1838,26 +1698,72 @@ def main(argv=None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     signals, handlers = [], {}
     try:
+        # Before the processes meet: one may download for longer than the others would wait.
+        source = llava.resolve(args.model_name_or_path)
+        config = deepspeed_config(args) if args.deepspeed else None
         start_processes(args)
-        config = together(deepspeed_config, args) if args.deepspeed else None
         for number in () if args.eval_only else (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             handlers[number] = signal.signal(number, lambda number, _: signals.append(number))
-        return evaluate_only(args) if args.eval_only else train(args, config, signals)
+        status = evaluate_only(args) if args.eval_only else train(args, source, config, signals)
+        if dist.is_initialized():  # a rank that fails must not: NCCL would wait for the others
+            dist.destroy_process_group()
+        return status
     except (ValueError, OSError) as error:
-        if os.environ.get("RANK", "0") == "0" or not isinstance(error, Agreed):
-            print(f"train.py: {llava.one_line(error)}", file=sys.stderr)
+        say(llava.one_line(error))
         return 2
     except RuntimeError as error:
-        if not re.search("out of memory|can't allocate memory", str(error)):
+        if "DataLoader worker" in str(error):
+            say(
+                "a process that prepares rows has died (killed, or out of memory?): try "
+                "--dataloader_num_workers 0"
+            )
+        elif re.search("out of memory|can't allocate memory", str(error)):
+            say(f"out of memory: {less_memory(args)}")
+        else:
             raise
-        print(f"train.py: out of memory: {less_memory(args)}", file=sys.stderr)
         return 2
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-        if dist.is_initialized():
-            dist.destroy_process_group()
+
+
+def end_others(parent: int, command: bytes):
+    """Kills the processes that run the same `command` as children of the same parent."""
+    time.sleep(1)  # the launcher takes the status of whom it sees end first
+    for file in Path(f"/proc/{parent}/task").glob("*/children"):
+        for pid in map(int, file.read_text().split()):
+            if command_of(pid) == command and pid != os.getpid():
+                os.kill(pid, signal.SIGKILL)
+
+
+def command_of(pid: int) -> bytes:
+    """What a process runs, without its flags."""
+    return Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0--")[0]
+
+
+def be_a_rank():
+    """main() as one of several processes. One that fails tells no other, as those may wait for it in
+    a collective for ever; it just ends, and ends the others of this machine. The launcher would do so
+    by SIGTERM, which is a wish to stop here, and wait 30 seconds for each.
+    """
+    try:
+        status = main()
+    except Exception as error:
+        traceback.print_exc()
+        say(f"{type(error).__name__}: {llava.one_line(error)}")
+        status = 2
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if status == 2:
+        ending = multiprocessing.get_context("fork").Process(
+            target=end_others, args=(os.getppid(), command_of(os.getpid()))
+        )
+        ending.start()
+        os._exit(2)  # no teardown: NCCL's would wait for the others
+    sys.exit(status)
 
 
 if __name__ == "__main__":
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        be_a_rank()
     sys.exit(main())

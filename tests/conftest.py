@@ -10,6 +10,7 @@ import json
 import multiprocessing
 import os
 import resource
+import runpy
 import shlex
 import signal
 import socket
@@ -674,7 +675,8 @@ def be_rank(rank, ranks, port, argv, report, limit_bytes):
         os.dup2(os.open(report, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
     if limit_bytes:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, limit_bytes))
-    sys.exit(train.main(argv))
+    sys.argv = [str(HERE / "train.py"), *argv]
+    runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def start(world, out, ranks=1, limits={}, target=be_rank, **flags):
