@@ -1459,6 +1459,10 @@ LLAVA_FLAGS = {
 }
 
 
+def count_or_off(text: str) -> int:
+    return -1 if text == "-1" else number(int, 1)(text)
+
+
 def parse(argv) -> argparse.Namespace:
     parser = Parser(description=__doc__.splitlines()[0])
     add, flag = parser.add_argument, BOOLEAN
@@ -1483,7 +1487,7 @@ def parse(argv) -> argparse.Namespace:
     add("--lora_target_modules", help="regular expression on whole paths")
     add("--use_rslora", **flag, help="alpha / sqrt(r) instead of alpha / r")
     add("--num_train_epochs", type=number(float, 1e-6, 1e6), default=1.0, help="passes over rows")
-    add("--max_steps", type=int, default=-1, help="optimizer steps; -1: as the epochs say")
+    add("--max_steps", type=count_or_off, default=-1, help="optimizer steps; -1: as the epochs say")
     add("--per_device_train_batch_size", type=count, help="rows of a micro-batch")
     add("--gradient_accumulation_steps", type=count, default=1, help="micro-batches of a step")
     add("--learning_rate", type=rate, help="default: LLaVA-1.5's for the train type")
@@ -1497,7 +1501,7 @@ def parse(argv) -> argparse.Namespace:
     add("--tf32", **flag, default=False, help="fp32 products of matrices in TensorFloat-32")
     add("--gradient_checkpointing", **flag, help="less memory, more time; default: not in stage 1")
     add("--group_by_modality_length", **flag, default=False, help="like rows share a step")
-    add("--seed", type=int, default=42, help="of order and dropout")
+    add("--seed", type=number(int, 0), default=42, help="of order and dropout")
     add(
         "--dataloader_num_workers",
         type=number(int, 0),
@@ -1508,7 +1512,12 @@ def parse(argv) -> argparse.Namespace:
     add("--eval_only", **flag, default=False, help="evaluate, and train nothing")
     add("--dry_run", **flag, default=False, help="measure memory and time, and write nothing")
     add("--per_device_eval_batch_size", type=count, default=16, help="rows of a batch")
-    add("--eval_steps", type=int, default=-1, help="steps between evaluations; -1: every epoch")
+    add(
+        "--eval_steps",
+        type=count_or_off,
+        default=-1,
+        help="steps between evaluations; -1: every epoch",
+    )
     add(
         "--eval_samples",
         type=number(int, -1),
@@ -1521,8 +1530,8 @@ def parse(argv) -> argparse.Namespace:
         help="evaluations without a better loss before it stops; default: it never does",
     )
     add("--max_new_tokens", type=count, default=64, help="tokens of an answer")
-    add("--save_steps", type=int, default=500, help="steps between checkpoints; -1: none")
-    add("--save_total_limit", type=int, default=2, help="checkpoints kept; -1: all")
+    add("--save_steps", type=count_or_off, default=500, help="steps between checkpoints; -1: none")
+    add("--save_total_limit", type=count_or_off, default=2, help="checkpoints kept; -1: all")
     add("--resume_from_checkpoint", nargs="?", const="latest", help="a checkpoint, or latest")
     add("--logging_steps", type=count, default=1, help="steps between lines of metrics.jsonl")
     add(
