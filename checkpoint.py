@@ -34,7 +34,7 @@ import secrets
 import shutil
 from pathlib import Path
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 PARTS = ("weight", "exp_avg", "exp_avg_sq")
@@ -155,7 +155,10 @@ def write_share(engine, folder: Path) -> list[str]:
 def write_tensors(tensors: dict, file: Path):
     file.touch()
     mode = file.stat().st_mode  # as the umask has it: safetensors makes files private
-    save_file(tensors, file, metadata={"format": "pt"})
+    try:
+        save_file(tensors, file, metadata={"format": "pt"})
+    except SafetensorError as error:  # which does not say what file it is about
+        raise OSError(f"{file}: not written ({error}); earlier checkpoints stay") from None
     file.chmod(mode)
 
 

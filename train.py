@@ -26,6 +26,7 @@ transformers/optimization.py, ZeRO (arXiv:1910.02054).
 """
 
 import argparse
+import contextlib
 import ctypes
 import datetime
 import functools
@@ -50,6 +51,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from safetensors import SafetensorError
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -1717,7 +1719,7 @@ def main(argv=None) -> int:
         if dist.is_initialized():  # a rank that fails must not: NCCL would wait for the others
             dist.destroy_process_group()
         return status
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, SafetensorError) as error:
         say(llava.one_line(error))
         return 2
     except RuntimeError as error:
@@ -1736,18 +1738,22 @@ def main(argv=None) -> int:
             signal.signal(number, handler)
 
 
-def end_others(parent: int, command: bytes):
-    """Kills the processes that run the same `command` as children of the same parent."""
-    time.sleep(1)  # the launcher takes the status of whom it sees end first
-    for file in Path(f"/proc/{parent}/task").glob("*/children"):
-        for pid in map(int, file.read_text().split()):
-            if command_of(pid) == command and pid != os.getpid():
-                os.kill(pid, signal.SIGKILL)
+def other_ranks() -> list[int]:
+    """Those of this machine: the children of the same parent that run the same program."""
+
+    def program(pid):
+        return Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0--")[0]  # without flags
+
+    files = Path(f"/proc/{os.getppid()}/task").glob("*/children")
+    pids = [int(pid) for file in files for pid in file.read_text().split()]
+    return [pid for pid in pids if pid != os.getpid() and program(pid) == program(os.getpid())]
 
 
-def command_of(pid: int) -> bytes:
-    """What a process runs, without its flags."""
-    return Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0--")[0]
+def kill(pids: list[int]):
+    time.sleep(1)  # the launcher takes the status of the first that it sees end
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def be_a_rank():
@@ -1764,10 +1770,7 @@ def be_a_rank():
     sys.stdout.flush()
     sys.stderr.flush()
     if status == 2:
-        ending = multiprocessing.get_context("fork").Process(
-            target=end_others, args=(os.getppid(), command_of(os.getpid()))
-        )
-        ending.start()
+        multiprocessing.get_context("fork").Process(target=kill, args=(other_ranks(),)).start()
         os._exit(2)  # no teardown: NCCL's would wait for the others
     sys.exit(status)
 

@@ -17,7 +17,6 @@ import torch
 from conftest import (
     HERE,
     LORA,
-    OWN,
     STAGE_1,
     STILL,
     ZERO,
