@@ -322,12 +322,12 @@ def run_without_training(job: dict) -> dict:
     collate = data.Collator(rows.image_token_id, rows.tokens_per_picture)
     seconds, results = [], []
     for batch in train.eval_batches(
-        asked if job["case"] == "generate" else rows, train.OneProcess(), args, collate, device
+        asked if job["case"] == "generate" else rows, train.Alone(), args, collate, device
     ):
         began = time.perf_counter()
         if job["case"] == "generate":
             answers = train.answer(
-                model if ours else PeerAnswers(model), batch, asked, train.OneProcess(), args, device
+                model if ours else PeerAnswers(model), batch, asked, train.Alone(), args, device
             )
             results += [said["prediction"] for _, said in answers]
         elif ours:

@@ -88,7 +88,7 @@ def test_evaluation_equals_transformers(world):
                 "0",
             ]
         )
-        metrics, predictions = train.evaluate(model, rows, train.OneProcess(), collate, args, "cpu")
+        metrics, predictions = train.evaluate(model, rows, train.Alone(), collate, args, "cpu")
         assert metrics["eval_loss"] == pytest.approx(loss / tokens, abs=1e-5)
         assert metrics["eval_token_accuracy"] == pytest.approx(right / tokens)
         assert [p["prediction"] for p in predictions] == answers and len(answers) == 24
