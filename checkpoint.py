@@ -1,7 +1,6 @@
 """Save and resume a run: one format for any engine and any number of processes.
 
     OUTPUT_DIR/run.json                      the run's id, and what must stay the same
-    OUTPUT_DIR/lock                          locked by the process that writes here
     OUTPUT_DIR/checkpoint-N/progress.json    step, evaluations ..., each other file with its size
     OUTPUT_DIR/checkpoint-N/state-*.safetensors
 
@@ -10,7 +9,7 @@ A step of AdamW changes three tensors for each weight that trains, and nothing e
     weight.NAME    exp_avg.NAME    exp_avg_sq.NAME        in fp32, whole, not partitioned
 
 The order of rows follows from seed and step, and so does dropout, as the loop seeds the generator
-at each step. So a run goes on from these alone, with another engine and other processes too:
+at each step. So a run goes on from these alone, whatever its engine and number of processes:
 
     run_id = open_run(out, same, resume)
     lock = begin(out, run_id, same)                       # on rank 0; held as long as the run lives
@@ -23,8 +22,6 @@ keys name the weights) and
     get(name, part)           the whole tensor, on every rank: it may gather
     put(name, part, value)    sets this rank's share of it
     refresh(step)             copies the weights to where the model computes with them
-
-No file is a pickle. Source: https://huggingface.co/docs/safetensors
 """
 
 import fcntl
@@ -51,29 +48,25 @@ def open_run(out: Path, same: dict, resume: str | None) -> str:
     same: {name in messages: value} of all that must not change between a run and its continuation.
     resume: None for a new run, else `latest` or the path of a checkpoint.
     """
+    where = f"--output_dir {out}"
     if not (out / "run.json").is_file():
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise ValueError(f"--output_dir {out}: not empty, and no run; name a new folder")
+            raise ValueError(f"{where}: not empty, and no run; name a new folder")
         if resume not in (None, "latest"):
-            raise ValueError(f"--output_dir {out}: no run there to resume from {resume}")
+            raise ValueError(f"{where}: no run there to resume from {resume}")
         return secrets.token_hex(8)
     if resume is None:
-        raise ValueError(
-            f"--output_dir {out} holds a run: resume it with --resume_from_checkpoint latest, "
-            "or name a new folder"
-        )
+        advice = "resume it with --resume_from_checkpoint latest, or name a new folder"
+        raise ValueError(f"{where} holds a run: {advice}")
     run = json.loads((out / "run.json").read_text())
     if run.get("format") != FORMAT:
-        raise ValueError(
-            f"--output_dir {out}: the run there was written by another version of this program, "
-            "in another format; name a new folder (its best and final models load as ever)"
-        )
+        advice = "name a new folder (its best and final models load as ever)"
+        raise ValueError(f"{where}: its run was saved in the format of another version; {advice}")
     for name, value in same.items():
-        if run["same"].get(name) != value:
-            raise ValueError(
-                f"--output_dir {out} holds a run with {name} {run['same'].get(name)}, not {value}: "
-                "a run goes on as it began, so change it back, or name a new folder"
-            )
+        was = run["same"].get(name)
+        if was != value:
+            advice = "a run goes on as it began: change it back, or name a new folder"
+            raise ValueError(f"{where} holds a run with {name} {was}, not {value}; {advice}")
     return run["id"]
 
 
@@ -81,6 +74,8 @@ def begin(out: Path, run_id: str, same: dict):
     """Makes a run's folder, if it is new; keeps other runs out while the file returned is open."""
     out.mkdir(parents=True, exist_ok=True)
     file = lock(out)
+    for part in out.glob("checkpoint-*.part"):  # the run was killed while it saved
+        shutil.rmtree(part)
     run = {"format": FORMAT, "id": run_id, "same": same}
     (out / "run.json.part").write_text(json.dumps(run, indent=2))
     (out / "run.json.part").rename(out / "run.json")
@@ -120,10 +115,7 @@ def save(engine, out: Path, progress: dict, limit: int = -1, also=None):
     """
     target = out / f"checkpoint-{progress['step']}"
     part = target.with_suffix(".part")
-    if engine.rank == 0 and part.exists():
-        shutil.rmtree(part)  # of a run that was killed while it saved
-    engine.gather([])  # no rank writes before that
-    part.mkdir(exist_ok=True)
+    part.mkdir(parents=True, exist_ok=True)
     written = write_share(engine, part)
     if also:
         also(part)
@@ -157,7 +149,7 @@ def write_tensors(tensors: dict, file: Path):
     mode = file.stat().st_mode  # as the umask has it: safetensors makes files private
     try:
         save_file(tensors, file, metadata={"format": "pt"})
-    except SafetensorError as error:  # which does not say what file it is about
+    except SafetensorError as error:  # which does not name the file
         raise OSError(f"{file}: not written ({error}); earlier checkpoints stay") from None
     file.chmod(mode)
 
@@ -166,10 +158,8 @@ def publish(part: Path, target: Path, written: list[str], progress: dict):
     """Makes the folder `part` the checkpoint `target`, if all files that the ranks wrote are there."""
     for name in written:
         if not (part / name).is_file():
-            raise FileNotFoundError(
-                f"{part / name}: written on another node, and not to be seen on this one: "
-                "--output_dir must be on a disk that all nodes share"
-            )
+            advice = "--output_dir must be on a disk that all nodes share"
+            raise FileNotFoundError(f"{part / name}: written on another node only; {advice}")
     files = {file.name: file.stat().st_size for file in part.iterdir()}
     (part / "progress.json").write_text(json.dumps({**progress, "files": files}))
     if target.exists():

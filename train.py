@@ -1690,6 +1690,9 @@ def start_processes(args):
         sys.stdout = open(os.devnull, "w")  # the first one speaks for all
 
 
+PATIENCE_SECONDS = 4
+
+
 def say(error: str):
     """Prints why this rank ends. What is wrong for all is rank 0's to say: by the time that another
     one speaks here, rank 0 would have ended it (see `be_a_rank`).
@@ -1698,9 +1701,6 @@ def say(error: str):
     if rank > 0:
         time.sleep(PATIENCE_SECONDS + int(os.environ["LOCAL_RANK"]) / 4)
     print(f"train.py: {f'rank {rank}: ' if rank > 0 else ''}{error}", file=sys.stderr, flush=True)
-
-
-PATIENCE_SECONDS = 4
 
 
 def main(argv=None) -> int:
@@ -1738,18 +1738,22 @@ def main(argv=None) -> int:
             signal.signal(number, handler)
 
 
+def program_of(pid: int) -> bytes:
+    """What a process runs, without its flags; nothing where it has ended."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0--")[0]
+    return b""
+
+
 def other_ranks() -> list[int]:
     """Those of this machine: the children of the same parent that run the same program."""
-
-    def program(pid):
-        return Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0--")[0]  # without flags
-
     files = Path(f"/proc/{os.getppid()}/task").glob("*/children")
     pids = [int(pid) for file in files for pid in file.read_text().split()]
-    return [pid for pid in pids if pid != os.getpid() and program(pid) == program(os.getpid())]
+    mine = program_of(os.getpid())
+    return [pid for pid in pids if pid != os.getpid() and program_of(pid) == mine]
 
 
-def kill(pids: list[int]):
+def kill_soon(pids: list[int]):
     time.sleep(1)  # the launcher takes the status of the first that it sees end
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):
@@ -1770,7 +1774,8 @@ def be_a_rank():
     sys.stdout.flush()
     sys.stderr.flush()
     if status == 2:
-        multiprocessing.get_context("fork").Process(target=kill, args=(other_ranks(),)).start()
+        end = multiprocessing.get_context("fork").Process(target=kill_soon, args=(other_ranks(),))
+        end.start()
         os._exit(2)  # no teardown: NCCL's would wait for the others
     sys.exit(status)
 

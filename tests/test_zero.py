@@ -35,11 +35,13 @@ from conftest import (
     printed,
     run,
     server,
+    start_all,
     weights_of,
     zero_flags,
 )
 from transformers import AutoModelForCausalLM, Qwen2Config
 
+import checkpoint
 import model as llava
 import train
 
@@ -364,10 +366,23 @@ def test_a_rank_that_fails_ends_the_launch(world, tmp_path, kind, says):
     assert ("Traceback" in output) == (kind == "exception")
 
 
+def be_rank_in_a_folder_of_its_own(rank, ranks, jobs, root):
+    (root / f"node {rank}").mkdir()
+    os.chdir(root / f"node {rank}")
+    be_rank(rank, ranks, jobs)
+
+
+def test_a_disk_that_is_not_shared_is_named(world, tmp_path):
+    flags = ZERO[2] | {"per_device_train_batch_size": 2, "save_steps": 1}
+    jobs = [(free_port(), argv_of(world, "out", **flags), tmp_path / "a")]
+    roots = {0: tmp_path, 1: tmp_path}
+    statuses = end(start_all(2, jobs, roots, be_rank_in_a_folder_of_its_own))
+    (line,) = [x for x in printed(tmp_path / "a", 2).splitlines() if x.startswith("train.py: ")]
+    assert statuses == [2, -signal.SIGKILL] and "on a disk that all nodes share" in line
+
+
 def be_rank_with_a_slow_save(rank, ranks, jobs, timeout_seconds):
     import deepspeed
-
-    import checkpoint
 
     publish, start = checkpoint.publish, deepspeed.init_distributed
 
