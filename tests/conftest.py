@@ -10,6 +10,7 @@ import json
 import multiprocessing
 import os
 import resource
+import runpy
 import shlex
 import shutil
 import signal
@@ -722,30 +723,42 @@ def server():
     return context
 
 
-def be_rank(rank, ranks, port, argv, report, limit_bytes):
-    """What the launcher has a process do. limit_bytes is the size from which its files fail to grow."""
+def be_rank(rank, ranks, jobs, limit_bytes=None):
+    """What the launcher has a process do, for each job: (port, flags of train.py, report).
+
+    limit_bytes is the size from which its files fail to grow.
+    """
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.environ["TORCH_EXTENSIONS_DIR"] = os.devnull  # nothing is compiled: killed, it leaves a lock
     torch.set_num_threads(1)
-    for stream in (1, 2):
-        os.dup2(os.open(report, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
     if limit_bytes:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, limit_bytes))
-    sys.exit(train.main(argv))
+    for i, (port, argv, report) in enumerate(jobs, 1):
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        report = os.open(f"{report}-{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        for stream in (1, 2):
+            os.dup2(report, stream)
+        sys.stdout, sys.argv = sys.__stdout__, [str(HERE / "train.py"), *argv]
+        try:
+            with pytest.MonkeyPatch.context() as patch:
+                if i < len(jobs):  # the last one ends the process group: DeepSpeed wants but one
+                    patch.setattr(torch.distributed, "destroy_process_group", lambda: None)
+                runpy.run_path(sys.argv[0], run_name="__main__")
+        except SystemExit as end:
+            if end.code or i == len(jobs):
+                raise
 
 
 def start(world, out, ranks=1, limits={}, target=be_rank, **flags):
     """The processes of a run, started; what rank r prints goes to the file OUT-r.txt."""
-    argv, port = argv_of(world, out, **flags), free_port()
+    return start_all(ranks, [(free_port(), argv_of(world, out, **flags), out)], limits, target)
+
+
+def start_all(ranks, jobs, limits={}, target=be_rank):
     processes = [
-        server().Process(
-            target=target, args=(r, ranks, port, argv, f"{out}-{r}.txt", limits.get(r))
-        )
-        for r in range(ranks)
+        server().Process(target=target, args=(r, ranks, jobs, limits.get(r))) for r in range(ranks)
     ]
-    for r, process in enumerate(processes):
-        Path(f"{out}-{r}.txt").unlink(missing_ok=True)
+    for process in processes:
         process.start()
     return processes
 
@@ -762,10 +775,30 @@ def end(processes, seconds=120):
     return [process.exitcode for process in processes]
 
 
+@pytest.fixture(autouse=True)
+def no_process_is_left():
+    """What a test that failed has started and not ended."""
+    yield
+    for process in multiprocessing.active_children():
+        process.kill()
+
+
+def printed(out, ranks):
+    return "".join(Path(f"{out}-{r}.txt").read_text() for r in range(ranks))
+
+
 def launch(world, out, ranks=1, limits={}, target=be_rank, **flags):
     """(exit statuses, all that was printed) of a run by `ranks` processes."""
     statuses = end(start(world, out, ranks, limits, target, **flags))
-    return statuses, "".join(Path(f"{out}-{r}.txt").read_text() for r in range(ranks))
+    return statuses, printed(out, ranks)
+
+
+def launch_all(world, ranks, runs, seconds=240):
+    """Runs {folder: flags}, one after the other, by the same `ranks` processes; all must succeed."""
+    jobs = [(free_port(), argv_of(world, out, **flags), out) for out, flags in runs.items()]
+    statuses = end(start_all(ranks, jobs), seconds)
+    texts = [printed(out, ranks) for _, _, out in jobs if Path(f"{out}-0.txt").exists()]
+    assert statuses == [0] * ranks, texts[-1]
 
 
 def lines_in(path):

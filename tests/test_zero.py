@@ -1,6 +1,7 @@
 """Many processes beside one."""
 
 import contextlib
+import datetime
 import functools
 import itertools
 import json
@@ -9,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -25,17 +27,22 @@ from conftest import (
     end,
     free_port,
     launch,
+    launch_all,
     lines_in,
     losses_of,
     metrics_of,
     parts,
+    printed,
     run,
     server,
+    start_all,
     weights_of,
     zero_flags,
 )
 from transformers import AutoModelForCausalLM, Qwen2Config
 
+import checkpoint
+import model as llava
 import train
 from build import build
 
@@ -101,48 +108,55 @@ def pairwise(cases):
     return chosen
 
 
+SHORT = [(2, "none", 2, "full", 4, True)]  # the shortest that sees sums of gradients in bf16
+
+
 @pytest.mark.parametrize(
-    "stage, offload, ranks, kind, accumulation, bf16, steps",
-    [(*case, 3) for case in pairwise(ALL)]
-    + [(2, "none", 2, "full", 4, True, 3)]  # the shortest that sees sums of gradients in bf16
-    + [pytest.param(*case, 10, marks=pytest.mark.long) for case in ALL],
+    "ranks, cases, steps",
+    [(ranks, pairwise(ALL) + SHORT, 3) for ranks in (2, 1)]
+    + [pytest.param(ranks, ALL, 10, marks=pytest.mark.long) for ranks in (2, 1)],
 )
-def test_many_processes_equal_one(
-    world, one_process, tmp_path, stage, offload, ranks, kind, accumulation, bf16, steps
-):
-    """ZeRO-2, ZeRO-3 and offloads, rows of every kind, ranks without a picture, clipping at work: losses,
-    weights, evaluation, answers are those of plain torch in one process (users' troubles 4, 8, 14, 19).
-    """
-    micro, many = 8 // ranks // accumulation, tmp_path / "many"
-    # In fp32 however the rows are split; bf16 rounds a batch as it is.
-    one = one_process(kind, steps, True, micro, stage) if bf16 else one_process(kind, steps)
-    statuses, output = launch(
-        world, many, ranks, **zero_flags(world, kind, steps, bf16), **ZERO[stage], offload=offload,
-        per_device_train_batch_size=micro, gradient_accumulation_steps=accumulation,
-    )  # fmt: skip
-    assert statuses == [0] * ranks, output
-    tolerance = 1e-3 if bf16 else 1e-5
-    assert losses_of(one) == pytest.approx(losses_of(many), abs=tolerance)
+def test_many_processes_equal_one(world, one_process, tmp_path, ranks, cases, steps):
+    """ZeRO-2, ZeRO-3 and offloads, rows of every kind, ranks without a picture, clipping at work."""
+    runs = {}
+    for case in cases:
+        stage, offload, case_ranks, kind, accumulation, bf16 = case
+        if case_ranks == ranks:
+            runs[tmp_path / "-".join(map(str, case))] = case, {
+                **zero_flags(world, kind, steps, bf16), **ZERO[stage], "offload": offload,
+                "per_device_train_batch_size": 8 // ranks // accumulation,
+                "gradient_accumulation_steps": accumulation,
+            }  # fmt: skip
+    launch_all(world, ranks, {out: flags for out, (_, flags) in runs.items()}, seconds=3000)
+    for many, (case, flags) in runs.items():
+        stage, _, _, kind, _, bf16 = case
+        # In fp32 however the rows are split; bf16 rounds a batch as it is.
+        more = (flags["per_device_train_batch_size"], stage) if bf16 else ()
+        assert_equal(one_process(kind, steps, bf16, *more), many, ranks, 1e-3 if bf16 else 1e-5)
+
+
+def assert_equal(one, many, ranks, tolerance):
+    """Losses, weights, evaluation, answers of many processes are those of plain torch in one."""
+    assert losses_of(one) == pytest.approx(losses_of(many), abs=tolerance), many.name
     assert max(m["grad_norm"] for m in metrics_of(many) if "loss" in m) > 1  # clipped
     a, b = weights_of(one), weights_of(many)
     assert a.keys() == b.keys()
     # Keys' biases are left out: softmax ignores them, so AdamW scales up what rounding leaves of zero.
     off = {k: (a[k].float() - b[k].float()).abs().max().item() for k in a if "k_proj.bias" not in k}
-    assert max(off.values()) < tolerance, max(off, key=off.get)
+    assert max(off.values()) < tolerance, (many.name, max(off, key=off.get))
     ours, theirs = (
         [m["eval_loss"] for m in metrics_of(x) if "eval_loss" in m] for x in (one, many)
     )
-    assert ours == pytest.approx(theirs, abs=tolerance)
+    assert ours == pytest.approx(theirs, abs=tolerance), many.name
     said = [(x / "predictions.jsonl").read_text().splitlines() for x in (one, many)]
     assert sorted(said[0]) == sorted(said[1])
     module = r"^(?:vision_tower|multi_modal|language_model).*$"
-    ours, theirs = (
-        re.findall(module, text, re.M) for text in ((one / "output.txt").read_text(), output)
-    )
+    texts = (one / "output.txt").read_text(), printed(many, ranks)
+    ours, theirs = (re.findall(module, text, re.M) for text in texts)
     assert ours == theirs and len(ours) == 3  # the table of parameters
 
 
-def test_zero_3_casts_what_the_file_holds_in_another_dtype(world, tmp_path):
+def test_zero_3_casts_what_the_file_holds(world, tmp_path):
     """Its weights stay mapped, in the file's dtype, until they are partitioned."""
     folder = built(tmp_path, dtype=torch.bfloat16)
     flags = LORA | STILL | {"model_name_or_path": folder, "max_steps": 3, "eval_samples": 0}
@@ -261,7 +275,7 @@ def test_memory_of_a_process_falls_with_their_number(gigabyte, ranks):
 
 
 @pytest.mark.long
-def test_the_launcher_starts_what_equals_one_process(world, one_process, tmp_path):  # trap 41
+def test_the_launcher_starts_what_equals_one_process(world, one_process, tmp_path):
     flags = zero_flags(world, "full", 3, False) | ZERO[2] | {"per_device_train_batch_size": 4}
     launcher = [Path(sys.executable).with_name("deepspeed"), "--num_gpus", "2", "--master_port"]
     command = [*launcher, free_port(), HERE / "train.py", *argv_of(world, tmp_path / "a", **flags)]
@@ -271,17 +285,128 @@ def test_the_launcher_starts_what_equals_one_process(world, one_process, tmp_pat
     assert losses_of(tmp_path / "a") == pytest.approx(one, abs=1e-5)
 
 
-def test_a_users_error_under_the_launcher_is_its_status_and_one_line(world, tmp_path):
-    """Which stands alone among all that the launcher prints."""
+def test_a_users_error_under_the_launcher_is_one_line(world, tmp_path):
+    """Which stands alone among all that the launcher prints; its status is the launcher's."""
     launcher = [Path(sys.executable).with_name("deepspeed"), "--num_gpus", "2", "--master_port"]
     flags = ZERO[2] | {"data_path": tmp_path / "missing.json"}
     command = [*launcher, free_port(), HERE / "train.py", *argv_of(world, tmp_path / "a", **flags)]
     done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=200)
     lines = [line for line in (done.stdout + done.stderr).splitlines() if "missing.json" in line]
     (ours,) = [line for line in lines if line.startswith("train.py: ")]
-    assert (
-        done.returncode == 2 and "no such file" in ours.lower() and "Traceback" not in done.stderr
+    assert "no such file" in ours.lower() and "Traceback" not in done.stderr
+    assert done.returncode == 2
+
+
+ASLEEP = """
+import os, runpy, sys, threading, model
+
+def fail_or_sleep(self, *inputs):
+    if os.environ["RANK"] == "1":
+        open("failed", "w").close()
+        raise ValueError("row 7 is bad")
+    lock = threading.Lock()
+    lock.acquire()
+    lock.acquire()  # sleeps in C for ever, whatever a signal's handler does
+
+model.Llava.forward = fail_or_sleep
+sys.argv[0] = model.__file__.replace("model.py", "train.py")
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_a_rank_that_fails_ends_ranks_asleep_in_c(world, tmp_path):
+    """As NCCL makes them; the launcher's SIGTERM would be but a wish to stop."""
+    (tmp_path / "asleep.py").write_text(ASLEEP)
+    launcher = [Path(sys.executable).with_name("deepspeed"), "--num_gpus", "2", "--master_port"]
+    command = [*launcher, free_port(), "asleep.py", *argv_of(world, tmp_path / "a", **ZERO[2])]
+    environment = {**os.environ, "PYTHONPATH": str(HERE)}
+    done = subprocess.run(
+        [*map(str, command)], cwd=tmp_path, env=environment, capture_output=True, text=True
     )
+    took = time.time() - (tmp_path / "failed").stat().st_mtime
+    lines = [line for line in (done.stdout + done.stderr).splitlines() if "row 7" in line]
+    assert lines == ["train.py: rank 1: row 7 is bad"] and done.returncode == 2 and took < 45
+
+
+def be_rank_that_fails(rank, *args):
+    """Rank 1, in its second forward pass."""
+    forward, calls = llava.Llava.forward, []
+
+    def failing(self, *inputs):
+        calls.append(rank)
+        if calls == [1, 1]:
+            raise RuntimeError("something unforeseen")
+        return forward(self, *inputs)
+
+    llava.Llava.forward = failing
+    be_rank(rank, *args)
+
+
+@pytest.mark.parametrize(
+    "kind, says",
+    [
+        ("exception", "RuntimeError: something unforeseen"),
+        ("row", "row 4 (id r4): "),
+        ("disk", "checkpoint-1.part/state-"),
+    ],
+)
+def test_a_rank_that_fails_ends_the_launch(world, tmp_path, kind, says):
+    """With its one line, within 15 seconds."""
+    rows = json.loads((world / "rows.json").read_text())
+    rows[4]["image"] = "missing.png"
+    (tmp_path / "bad.json").write_text(json.dumps(rows))
+    flags = ZERO[2] | {"per_device_train_batch_size": 2, "save_steps": 1}
+    flags |= {"data_path": (tmp_path / "bad.json" if kind == "row" else world / "rows.json")}
+    target = be_rank_that_fails if kind == "exception" else be_rank
+    limits = {1: 20_000} if kind == "disk" else {}
+    statuses, output = launch(world, tmp_path / "a", 2, limits, target, **flags)
+    spoke = max((tmp_path / f"a-{rank}.txt").stat().st_mtime for rank in range(2))
+    assert time.time() - spoke + train.PATIENCE_SECONDS + 1 < 15
+    (line,) = [line for line in output.splitlines() if line.startswith("train.py: ")]
+    assert says in line and sorted(statuses) == [-signal.SIGKILL, 2], output
+    assert ("Traceback" in output) == (kind == "exception")
+
+
+def be_rank_in_a_folder_of_its_own(rank, ranks, jobs, root):
+    (root / f"node {rank}").mkdir()
+    os.chdir(root / f"node {rank}")
+    be_rank(rank, ranks, jobs)
+
+
+def test_a_disk_that_is_not_shared_is_named(world, tmp_path):
+    flags = ZERO[2] | {"per_device_train_batch_size": 2, "save_steps": 1}
+    jobs = [(free_port(), argv_of(world, "out", **flags), tmp_path / "a")]
+    roots = {0: tmp_path, 1: tmp_path}
+    statuses = end(start_all(2, jobs, roots, be_rank_in_a_folder_of_its_own))
+    (line,) = [x for x in printed(tmp_path / "a", 2).splitlines() if x.startswith("train.py: ")]
+    assert statuses == [2, -signal.SIGKILL] and "on a disk that all nodes share" in line
+
+
+def be_rank_with_a_slow_save(rank, ranks, jobs, timeout_seconds):
+    import deepspeed
+
+    publish, start = checkpoint.publish, deepspeed.init_distributed
+
+    def slow(*args):
+        time.sleep(8)
+        publish(*args)
+
+    def impatient(timeout):
+        assert timeout.total_seconds() == 3600
+        start(timeout=datetime.timedelta(seconds=timeout_seconds) if timeout_seconds else timeout)
+
+    checkpoint.publish, deepspeed.init_distributed = slow, impatient
+    be_rank(rank, ranks, jobs)
+
+
+def test_ranks_wait_for_a_slow_save(world, tmp_path):
+    """With a timeout of 4 seconds they do not; it is an hour, where DeepSpeed's is 10 minutes."""
+    flags = ZERO[2] | {"per_device_train_batch_size": 2, "save_steps": 2, "max_steps": 3}
+    for limits, expected in (({0: 4, 1: 4}, False), ({}, True)):
+        out = tmp_path / f"{expected}"
+        statuses, output = launch(world, out, 2, limits, be_rank_with_a_slow_save, **flags)
+        assert (statuses == [0, 0]) == expected, output
+        assert (out / "final").exists() == expected
 
 
 def be_rank_on_a_node_without_the_data(rank, *args):
@@ -290,7 +415,7 @@ def be_rank_on_a_node_without_the_data(rank, *args):
     be_rank(rank, *args)
 
 
-def test_what_is_wrong_for_all_ranks_or_for_one_is_said_once(world, tmp_path, monkeypatch):
+def test_what_is_wrong_for_all_is_said_once(world, tmp_path, monkeypatch):
     """And none waits for another. A path is wrong for one rank only if nodes differ."""
     (tmp_path / "ds.json").write_text('{"zero_optimization": {"stage": 1}}')
     (tmp_path / "full").mkdir()
@@ -304,45 +429,33 @@ def test_what_is_wrong_for_all_ranks_or_for_one_is_said_once(world, tmp_path, mo
     for flags, says in wrong:
         statuses, output = launch(world, tmp_path / "a", 2, **ZERO[2] | flags)
         lines = [line for line in output.splitlines() if line.startswith("train.py: ")]
-        assert statuses == [2, 2] and len(lines) == 1 and says in lines[0], output
+        assert 2 in statuses and len(lines) == 1 and says in lines[0], output
         assert "Traceback" not in output
     monkeypatch.chdir(world)
     flags = ZERO[2] | {"data_path": "rows.json"}
     statuses, output = launch(
         world, tmp_path / "a", 2, target=be_rank_on_a_node_without_the_data, **flags
     )
-    assert statuses == [2, 2] and output.count("train.py: ") == 1 and "rows.json" in output, output
+    assert statuses == [-signal.SIGKILL, 2] and output.count("train.py: ") == 1, output
+    assert "train.py: rank 1: " in output and "rows.json" in output
     assert not (tmp_path / "a").exists()
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-def test_fewer_records_than_processes_and_a_bad_one_stop_nobody_or_all(world, tmp_path, stage):
-    """Trap 32: the one row that there is falls to one of two ranks, to the other falls none."""
+def test_fewer_rows_than_processes_stop_nobody(world, tmp_path, stage):
+    """The one row that there is falls to one of two ranks, to the other falls none."""
     rows = json.loads((world / "rows.json").read_text())[:1]
-    for name, image in (("good", "0.png"), ("bad", "missing.png")):
-        rows[0]["image"] = [image]
-        (tmp_path / f"{name}.json").write_text(json.dumps(rows))
-    flags = ZERO[stage] | {
-        "per_device_train_batch_size": 1,
-        "max_steps": 2,
-        "train_type": "projector",
-    }
-    flags |= {"validation_data_path": tmp_path / "good.json", "version": "own"}
-    good = tmp_path / "good.json"
-    statuses, output = launch(world, tmp_path / "a", 2, data_path=good, **flags)
+    (tmp_path / "one.json").write_text(json.dumps(rows))
+    flags = ZERO[stage] | {"per_device_train_batch_size": 1, "max_steps": 2, "version": "own"}
+    flags |= {"train_type": "projector", "data_path": tmp_path / "one.json"}
+    flags |= {"validation_data_path": tmp_path / "one.json"}
+    statuses, output = launch(world, tmp_path / "a", 2, **flags)
     assert statuses == [0, 0], output
-    assert [m["samples_per_s"] > 0 for m in metrics_of(tmp_path / "a") if "loss" in m] == [
-        True,
-        True,
-    ]
+    assert [m["samples_per_s"] > 0 for m in metrics_of(tmp_path / "a") if "loss" in m] == [True] * 2
     assert lines_in(tmp_path / "a" / "predictions.jsonl") == 3  # one question, asked three times
-    two = json.loads(good.read_text()) + json.loads((tmp_path / "bad.json").read_text())
-    (tmp_path / "two.json").write_text(json.dumps(two))
-    statuses, output = launch(world, tmp_path / "b", 2, data_path=tmp_path / "two.json", **flags)
-    assert statuses == [2, 2] and output.count("train.py: ") == 1 and "row 1 (id r0)" in output
 
 
-def test_ranks_whose_answers_end_at_different_lengths_wait_for_one_another(world, tmp_path):
+def test_ranks_wait_for_the_longest_answer(world, tmp_path):
     """Under ZeRO-3, after learning the rows by heart: answers of 1 to 7 words, one a batch."""
     flags = {"learning_rate": 1e-2, "max_steps": 60, "per_device_train_batch_size": 12}
     assert run(world, tmp_path / "a", **flags)[0] == 0
