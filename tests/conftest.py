@@ -54,6 +54,7 @@ from transformers import (
 
 import bench
 import evaluate
+import data
 import lora
 import model as llava
 import train
@@ -286,6 +287,11 @@ def row(turns, **more):
         "conversations": [{"from": names[i % 2], "value": t} for i, t in enumerate(turns)],
         **more,
     }
+
+
+def open_dataset(rows, images, folder, **options):
+    config, tokenizer = llava.read_config(folder), llava.open_tokenizer(folder)
+    return data.open_dataset(rows, images, folder, config, tokenizer, **options)
 
 
 def write(path, content):
