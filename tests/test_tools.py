@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -66,6 +67,15 @@ def test_toy_data_keeps_its_rules(toy):
 
     assert sum(len(r["kinds"]) for r in held_out) >= 500
     assert not files(train + sets["captions"]) & files(held_out)
+
+
+def test_the_lines_of_toys_docstring_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    module = sys.modules["toy"]
+    lines = "\n".join(re.findall(r"^    (make_.*)$", module.__doc__, re.M))
+    exec(lines.replace("scenes=8000", "scenes=4"), vars(module).copy())
+    assert len(json.loads(Path("out/toy/train.json").read_text())) == 4
+    assert Path("out/tiny/model.safetensors").is_file()
 
 
 def test_shuffled_rows_ask_the_same_of_other_pictures(toy):
