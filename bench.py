@@ -380,9 +380,9 @@ def run_without_training(job: dict) -> dict:
     """Seconds of each batch, and the loss over its rows or the answers to its questions."""
     ours, device = job["side"] == "ours", "cuda" if torch.cuda.is_available() else "cpu"
     work, source, size = Path(job["work"]), Path(job["model"]), job["micro_batch"]
-    dataset = data.open_dataset(
-        work / f"{job['mix']}.json", work / "images", source, max_length=4096
-    )
+    rows, tokenizer = work / f"{job['mix']}.json", llava.open_tokenizer(source)
+    config = llava.read_config(source)
+    dataset = data.open_dataset(rows, work / "images", source, config, tokenizer, max_length=4096)
     if ours:
         model = evaluate.open_model(source, dtype=DTYPES[job["dtype"]], device=device)
     else:

@@ -12,7 +12,7 @@ The order of rows follows from seed and step, and so does dropout, as the loop s
 at each step. So a run goes on from these alone, whatever its engine and number of processes:
 
     run_id = open_run(out, same, resume)
-    lock = begin(out, run_id, same)                       # on rank 0; held as long as the run lives
+    lock = begin(out, run_id, same, flags)                      # on rank 0; held as long as the run lives
     progress = load(engine, out, resume, run_id)          # None: there is nothing to resume from
     save(engine, out, progress, limit=2)                  # every few steps
 
@@ -70,13 +70,13 @@ def open_run(out: Path, same: dict, resume: str | None) -> str:
     return run["id"]
 
 
-def begin(out: Path, run_id: str, same: dict):
+def begin(out: Path, run_id: str, same: dict, flags: dict):
     """Makes a run's folder, if it is new; keeps other runs out while the file returned is open."""
     out.mkdir(parents=True, exist_ok=True)
     file = lock(out)
     for part in out.glob("checkpoint-*.part"):  # the run was killed while it saved
         shutil.rmtree(part)
-    run = {"format": FORMAT, "id": run_id, "same": same}
+    run = {"format": FORMAT, "id": run_id, "same": same, "args": flags}  # report.py reads these
     (out / "run.json.part").write_text(json.dumps(run, indent=2))
     (out / "run.json.part").rename(out / "run.json")
     return file

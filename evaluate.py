@@ -17,7 +17,8 @@ kind figures of its own; `answers`, ten people's to its only question, gives the
 
     model = open_model(folder)
     text = data.ChatText(llava.open_tokenizer(folder))
-    dataset = data.open_dataset(rows, images, folder, on_bad_record="skip", text=text)
+    config = llava.read_config(folder)
+    dataset = data.open_dataset(rows, images, folder, config, None, on_bad_record="skip", text=text)
     collate = data.Collator(model.config.image_token_id, model.tokens_per_picture)
     options = dict(eval_samples=-1, max_new_tokens=64, workers=0, on_bad_record="stop")
     metrics, answers = evaluate(
@@ -278,7 +279,7 @@ def use_or_stop(faults: list[str], on_bad_record: str):
     """Raises ValueError for a row that could not be used, or says that it is skipped."""
     for fault in faults:
         if on_bad_record == "stop":
-            advice = "`python data.py check` lists all such rows, --on_bad_record skip passes over"
+            advice = "`python check.py` lists all such rows, --on_bad_record skip passes over"
             raise ValueError(f"{fault} ({advice})")
         tqdm.write(f"skipped: {fault}", file=sys.stderr)
 
@@ -430,7 +431,8 @@ def main(argv=None):
     text = data.ChatText(llava.open_tokenizer(folder, args.adapter), args.version)
     rows, options = (args.validation_data_path, args.image_folder), {"text": text}
     options |= {"aspect_ratio": args.image_aspect_ratio, "max_length": args.model_max_length}
-    dataset = data.open_dataset(*rows, folder, on_bad_record="skip", **options)
+    config = llava.read_config(folder)
+    dataset = data.open_dataset(*rows, folder, config, None, on_bad_record="skip", **options)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if args.bf16 else torch.float32
     model = open_model(folder, args.adapter, args.bits, dtype, device)

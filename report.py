@@ -34,23 +34,35 @@ import data
 
 # --- before step 1 ---
 
+# What --offload keeps in the host's memory.
+ON_HOST = {"none": [], "optimizer": ["gradients", "masters", "moments"]}
+ON_HOST["all"] = ["weights", *ON_HOST["optimizer"]]
 
-def show_modules(model, count):
-    """Prints what trains; `count` gives the true number of numbers in parameters."""
+
+def before_step_1(run, args, stage: int, count):
+    """Prints which modules train, the arithmetic of batches, and that of memory.
+
+    `count` gives the true number of numbers in parameters, `stage` is ZeRO's, or 0.
+    """
     print(f"{'module':<24}{'parameters':>16}{'trainable':>16}  dtype")
-    for name, part in model.named_children():
+    for name, part in run.model.named_children():
         trainable = count(p for p in part.parameters() if p.requires_grad)
         dtype = str(next(part.parameters()).dtype).removeprefix("torch.")
         print(f"{name:<24}{count(part.parameters()):>16,}{trainable:>16,}  {dtype}")
-
-
-def show_batches(micro: int, accumulation: int, world: int, rows: int, per_epoch: int, total: int):
-    """Prints what a step is, and how many there are."""
-    step, gpus = micro * accumulation * world, torch.cuda.device_count()
-    print(f"batch: {micro} rows x {accumulation} accumulated x {world} processes = {step} rows")
-    print(f"steps: {rows:,} rows, {per_epoch:,} steps an epoch, {total:,} in all")
-    if gpus > world == 1:
-        print(f"GPUs: 1 of {gpus}; `deepspeed train.py --deepspeed ds_zero2.json` uses all")
+    micro, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
+    world = run.engine.world
+    print(
+        f"batch: {micro} rows x {accumulation} accumulated x {world} processes = "
+        f"{micro * accumulation * world} rows a step\n"
+        f"steps: {len(run.rows):,} rows, {run.per_epoch:,} steps an epoch, {run.total:,} in all"
+    )
+    if torch.cuda.device_count() > world:
+        print(
+            f"GPUs: this uses {world} of {torch.cuda.device_count()}; `deepspeed train.py "
+            "--deepspeed ds_zero2.json` and the same flags use all"
+        )
+    masters = args.bf16 or stage > 0  # DeepSpeed has fp32 masters of fp32 weights too
+    show_memory(memory(run.model, count, world, stage, masters), ON_HOST[args.offload])
 
 
 def memory(model, count, world: int, stage: int, masters: bool) -> dict:
@@ -65,19 +77,14 @@ def memory(model, count, world: int, stage: int, masters: bool) -> dict:
     return held | {"masters": 4 * trained * masters, "moments": 8 * trained}
 
 
-# What --offload keeps in the host's memory.
-ON_HOST = {"none": [], "optimizer": ["gradients", "masters", "moments"]}
-ON_HOST["all"] = ["weights", *ON_HOST["optimizer"]]
-
-
-def show_memory(held: dict, offload: str = "none"):
-    """Prints it, and on a GPU where even that, without any activations, does not fit."""
+def show_memory(held: dict, away: list):
+    """Prints it, and on a GPU whether it has room for that, without any activations."""
     sizes = ", ".join(f"{what} {size / 2**20:,.1f} MiB" for what, size in held.items())
-    print("memory: " + sizes, flush=True)
+    print(f"memory: {sizes}" + (f"; on the host: {', '.join(away)}" if away else ""), flush=True)
     if not torch.cuda.is_available():
         return
     room = torch.cuda.get_device_properties().total_memory
-    here = sum(size for what, size in held.items() if what not in ON_HOST[offload])
+    here = sum(size for what, size in held.items() if what not in away)
     if here > room:
         print(
             f"this does not fit: {here / 2**30:,.1f} GiB, and the GPU has {room / 2**30:,.1f}; try "
@@ -91,32 +98,38 @@ def peak(device: str) -> dict:
     """The most memory held so far, {name: GiB}: on a GPU what tensors took, and what torch took
     from the device for them; else by this process.
     """
-    if device != "cuda":
-        return {"peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
-    sizes = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
-    return {"peak_gib": sizes[0] / 2**30, "reserved_gib": sizes[1] / 2**30}
+    if device == "cuda":
+        sizes = {"peak_gib": torch.cuda.max_memory_allocated()}
+        sizes["reserved_gib"] = torch.cuda.max_memory_reserved()
+        return {name: size / 2**30 for name, size in sizes.items()}
+    return {"peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
 
 
-class Trial:
-    """--dry_run: the heaviest step twice, as its first time allocates AdamW's moments, and the next
-    few; `plan` (steps, rows) is theirs.
+def dry_run(seconds: list, plan, lengths, total: int, device: str):
+    """Prints what the first steps of a `plan` (steps, rows), each of which took so many seconds, say
+    of a run of `total` steps.
     """
-
-    def __init__(self, plan, lengths, total_steps: int):
-        tokens = np.where(plan < 0, 0, lengths[plan]).sum(axis=1)  # of each step, about
-        tried = [0, *range(min(5, len(plan)))]
-        self.plan, self.tokens, self.seconds = plan[tried], tokens[tried], []
-        self.total_steps, self.total_tokens = total_steps, tokens.mean() * total_steps
-
-    def show(self, device: str):
-        """Prints what the tried steps, which have taken `seconds`, say of the whole run."""
-        seconds = sum(self.seconds[1:]) / self.tokens[1:].sum() * self.total_tokens
-        duration = datetime.timedelta(seconds=math.ceil(seconds))
-        most = ", ".join(f"{name[:-4]} {size:.2f} GiB" for name, size in peak(device).items())
-        print(f"dry run: {most}; {self.total_steps:,} steps take {duration}, without evaluations")
+    tokens = np.where(plan < 0, 0, lengths[plan]).sum(axis=1)  # of each step, about
+    tried = slice(min(1, len(seconds) - 1), len(seconds))  # the first one warms up
+    whole = sum(seconds[tried]) / tokens[tried].sum() * tokens.mean() * total
+    sizes = [f"{name.removesuffix('_gib')} {gib:.2f} GiB" for name, gib in peak(device).items()]
+    duration = datetime.timedelta(seconds=math.ceil(whole))
+    print(f"dry run: {', '.join(sizes)}; {total:,} steps take {duration}, without evaluations")
 
 
 # --- each step ---
+
+
+def speed(supervised, tokens, padded, rows, seconds: float, waited: float, device: str) -> dict:
+    """The figures of a step that took so many tokens (with padding: `padded`), rows and seconds."""
+    return {
+        "tokens_per_s": tokens / seconds,
+        "samples_per_s": rows / seconds,
+        "supervised": supervised / tokens,
+        "padded": 1 - tokens / padded,
+        "waiting": waited / seconds,
+        **peak(device),
+    }
 
 
 class Progress(tqdm):

@@ -611,7 +611,9 @@ def open_rows(args, path: str | None, source: Path, text):
         text=text,
     )
     bad = rows.records.bad_rows
-    evaluate.use_or_stop([rows[i]["fault"] for i in bad[:1] or [0]], args.on_bad_record)
+    fault = rows[bad[0] if bad else 0]["fault"]
+    if fault and args.on_bad_record == "stop":
+        evaluate.use_or_stop([fault], "stop")
     if bad:
         print(f"{path}: {len(bad):,} of {len(rows):,} rows are skipped: check.py lists them")
     return rows
@@ -656,8 +658,7 @@ class Run:
         self.total = math.ceil(self.per_epoch * args.num_train_epochs)
         self.total = args.max_steps if args.max_steps > 0 else self.total
         report.before_step_1(self, args, stage, lora.count)
-        if args.dry_run:  # the heaviest step comes first
-            self.total, self.validation = min(self.total, 5), None
+        self.last_step = min(5, self.total) if args.dry_run else self.total  # the heaviest is first
         self.begin(run_id, same)
 
     def plan(self, epoch: int):
@@ -783,15 +784,15 @@ def train(args, source: Path, config: dict | None, signals: list) -> int:
         print(f"{out}: this run is complete")
         return 0
     run = Run(args, source, config, run_id, same)
-    engine, progress, stopping = run.engine, run.progress, False
+    engine, progress, stopping, durations = run.engine, run.progress, False, []
     patience = args.early_stopping_patience or math.inf
-    if run.validation and not run.resumed:
+    if run.validation and not run.resumed and not args.dry_run:
         run.validate()
     training_mode(run.model)
     bar = report.Progress(run.total, progress["step"], engine.rank)
     windows = run.windows(progress["step"])
 
-    while progress["step"] < run.total and run.since_best() < patience and not stopping:
+    while progress["step"] < run.last_step and run.since_best() < patience and not stopping:
         # One window is this rank's micro batches of one optimizer step. All are fetched before any
         # runs: the loss is divided by all their supervised tokens, on all ranks.
         began = time.perf_counter()
@@ -824,14 +825,14 @@ def train(args, source: Path, config: dict | None, signals: list) -> int:
             "lr": highest_rate(engine.optimizer),
             "grad_norm": norm,
         }
-        seconds = time.perf_counter() - began
+        durations.append(seconds := time.perf_counter() - began)
         metrics |= report.speed(supervised, *numbers, seconds, waited, run.device)
         due = step % args.logging_steps == 0 or step == run.total
         bar.show(metrics, due)
         if due:
             run.log.step(metrics)
         eval_steps = args.eval_steps if args.eval_steps > 0 else run.per_epoch
-        if run.validation and (step % eval_steps == 0 or step == run.total):
+        if run.validation and (step % eval_steps == 0 or step == run.total) and not args.dry_run:
             run.validate()
         run.check_learning()
         saves = args.save_steps > 0 and step % args.save_steps == 0
@@ -840,7 +841,8 @@ def train(args, source: Path, config: dict | None, signals: list) -> int:
 
     bar.close()
     if args.dry_run:
-        report.dry_run(run)
+        lengths = run.rows.records.lengths
+        report.dry_run(durations, run.plan(0), lengths, run.total, run.device)
         return 0
     if stopping and progress["step"] < run.total:
         print(

@@ -53,8 +53,8 @@ from transformers import (
 )
 
 import bench
-import evaluate
 import data
+import evaluate
 import lora
 import model as llava
 import train

@@ -11,7 +11,7 @@ import unicodedata
 
 import pytest
 import torch
-from conftest import HERE, LORA, evaluated, losses_of, metrics_of, run
+from conftest import HERE, LORA, evaluated, losses_of, metrics_of, open_dataset, run
 from safetensors.torch import load_file
 from transformers import LlavaForConditionalGeneration
 
@@ -29,7 +29,7 @@ def opened(world, rows, **options):
         path.write_text(json.dumps(rows))
         rows = path
     options = {"on_bad_record": "skip"} | options
-    dataset = data.open_dataset(rows, world / "images", world / "llava", **options)
+    dataset = open_dataset(rows, world / "images", world / "llava", **options)
     return dataset, data.Collator(dataset.image_token_id, dataset.tokens_per_picture)
 
 

@@ -20,6 +20,7 @@ from conftest import (
     logits_of,
     metrics_of,
     old_llava_folder,
+    open_dataset,
     run,
     saved,
     theirs,
@@ -239,7 +240,7 @@ def test_a_trained_adapter_is_the_same_merged_and_in_peft(world, tmp_path, bits)
     assert main(words_of(base, adapter, merged, *["--dequantize"] * (bits == 4))) == 0
     assert (merged / "chat_template.jinja").read_text() == template
     model = theirs(merged)
-    rows = data.open_dataset(rows, world / "images", base)
+    rows = open_dataset(rows, world / "images", base)
     batch = data.Collator(model.config.image_token_id, 4)([rows[i] for i in range(12)])
     inputs = {key: batch[key] for key in ("input_ids", "pixel_values", "labels")}
     with torch.no_grad():

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import HERE, LORA, evaluated, metrics_of, parsed, run
+from conftest import HERE, LORA, evaluated, metrics_of, open_dataset, parsed, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -228,7 +228,7 @@ def greys(picture):
 
 def test_the_sheet_tells_right_from_wrong_without_colour(world):
     """And nothing leaves its place, however long a text is."""
-    dataset = data.open_dataset(world / "rows.json", world / "images", world / "llava")
+    dataset = open_dataset(world / "rows.json", world / "images", world / "llava")
 
     def sheet(answers):
         return report.draw_samples(answers, dataset.records, dataset.pictures)
@@ -280,7 +280,7 @@ def test_each_evaluation_leaves_pictures_which_can_be_drawn_again(world, tmp_pat
     assert {a["step"] for a in said} == {0, 1, 2}
     assert all(a["id"] == rows[a["row"]]["id"] for a in said)
     assert max(map(len, output.split("done after")[0].split("\n"))) <= 80
-    dataset = data.open_dataset(world / "rows.json", world / "images", world / "llava")
+    dataset = open_dataset(world / "rows.json", world / "images", world / "llava")
     newest = [a for a in said if a["step"] == 2]
     title = f"step 2: validation loss {metrics_of(tmp_path / 'a')[-1]['eval_loss']:.4f}, "
     samples = report.draw_samples(newest, dataset.records, dataset.pictures, title)

@@ -27,7 +27,6 @@ import data
 import model as llava
 from data import IGNORE, IMAGE
 
-
 SAID = row(["a", "b"])["conversations"]
 PART = {"type": "text", "text": "x"}
 

@@ -14,7 +14,18 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ASKED, HERE, noise, okvqa_argv, refused, row, theirs, write, write_vqa
+from conftest import (
+    ASKED,
+    HERE,
+    noise,
+    okvqa_argv,
+    open_dataset,
+    refused,
+    row,
+    theirs,
+    write,
+    write_vqa,
+)
 from PIL import Image
 
 import data
@@ -244,7 +255,7 @@ def test_show_prints_a_row_as_the_model_gets_it(toy, tiny, show, capsys):
     i = next(i for i, r in enumerate(rows) if len(data.image_list(r)) == 2)
     assert data.main([*show, "--index", str(i), "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
-    dataset = data.open_dataset(toy / "train.json", toy / "images", tiny)
+    dataset = open_dataset(toy / "train.json", toy / "images", tiny)
     batch = data.Collator(dataset.image_token_id, 576)([dataset[i]])
     assert printed == {
         "input_ids": batch["input_ids"][0].tolist(),
@@ -480,7 +491,7 @@ def test_check_finds_what_training_would_stumble_over(
     ]
     assert len(faults) == len(wanted) and all(map(re.search, wanted, faults)), out
     assert err == "" and "Traceback" not in out
-    dataset = data.open_dataset(rows, tmp_path / place, tiny, max_length=700, on_bad_record="skip")
+    dataset = open_dataset(rows, tmp_path / place, tiny, max_length=700, on_bad_record="skip")
     items = [dataset[i] for i in range(10)]
     bad = [i for i in range(10) if items[i]["fault"]]  # training's verdict is that of a full check
     assert bad == [2, 3, 4, 5, 6, 8, 9]
@@ -501,7 +512,7 @@ def test_check_reports_the_tokens_that_training_sees(toy, tiny, capsys):
     assert "tokens" not in capsys.readouterr().out  # no model, no tokens
     assert data.main(["check", *argv, "--model_name_or_path", str(tiny)]) == 0
     report = dict(line.split(None, 1) for line in capsys.readouterr().out.splitlines())
-    dataset = data.open_dataset(toy / "train.json", toy / "images", tiny)
+    dataset = open_dataset(toy / "train.json", toy / "images", tiny)
     batch = data.Collator(dataset.image_token_id, 576)(
         list(map(dataset.__getitem__, range(len(dataset))))
     )

@@ -9,7 +9,17 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import HERE, LORA, argv_of, losses_of, metrics_of, parsed, run, weights_of
+from conftest import (
+    HERE,
+    LORA,
+    argv_of,
+    losses_of,
+    metrics_of,
+    open_dataset,
+    parsed,
+    run,
+    weights_of,
+)
 from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
@@ -28,7 +38,7 @@ from data import ChatText, PictureTransform
 
 def test_any_split_of_a_window_gives_the_same_gradients(world):
     """Micro-batches, their order, padding, ranks: float64, 1e-10. Checkpointing changes nothing either."""
-    rows = data.open_dataset(world / "rows.json", world / "images", world / "llava")
+    rows = open_dataset(world / "rows.json", world / "images", world / "llava")
     steps = data.plan_epoch(rows.records.lengths, rows.records.has_picture, 12, 0, 0, False)
 
     def gradients(accumulation, world_size=1, reverse=False, checkpointing=False):
@@ -64,7 +74,7 @@ def test_the_loop_is_plain_adamw_with_clipping_and_schedule(world, tmp_path):
     )
     assert status == 0
     model = llava.from_pretrained(world / "llava", torch.float32)
-    rows = data.open_dataset(world / "rows.json", world / "images", world / "llava")
+    rows = open_dataset(world / "rows.json", world / "images", world / "llava")
     collate = data.Collator(model.config.image_token_id, model.tokens_per_picture)
     named = list(model.named_parameters())
     optimizer = torch.optim.AdamW(
