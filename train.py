@@ -283,7 +283,8 @@ def load_model(args, source: Path, device: str, stage: int):
             )
         p.requires_grad_(trains)
     if args.gradient_checkpointing:
-        return fast.enable(model)  # without this line all numbers are the same, only slower
+        enable_checkpointing(model.language_model)
+    return fast.enable(model)  # without this line all numbers are the same, only slower
 
 
 def write_result(model, args, text, source: Path, state: dict, folder: Path):
