@@ -15,6 +15,7 @@ The files are in the run's folder, and `--report_to tensorboard` or `wandb` send
 """
 
 import datetime
+import importlib.util
 import json
 import math
 import os
@@ -34,35 +35,28 @@ import data
 
 # --- before step 1 ---
 
-# What --offload keeps in the host's memory.
-ON_HOST = {"none": [], "optimizer": ["gradients", "masters", "moments"]}
-ON_HOST["all"] = ["weights", *ON_HOST["optimizer"]]
 
-
-def before_step_1(run, args, stage: int, count):
-    """Prints which modules train, the arithmetic of batches, and that of memory.
-
-    `count` gives the true number of numbers in parameters, `stage` is ZeRO's, or 0.
-    """
+def show_modules(model, count):
+    """Prints what trains; `count` gives the true number of numbers in parameters."""
     print(f"{'module':<24}{'parameters':>16}{'trainable':>16}  dtype")
-    for name, part in run.model.named_children():
+    for name, part in model.named_children():
         trainable = count(p for p in part.parameters() if p.requires_grad)
         dtype = str(next(part.parameters()).dtype).removeprefix("torch.")
         print(f"{name:<24}{count(part.parameters()):>16,}{trainable:>16,}  {dtype}")
-    micro, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
-    world = run.engine.world
+
+
+def show_batches(micro: int, accumulation: int, world: int, rows: int, per_epoch: int, total: int):
+    """Prints what a step is, and how many there are."""
     print(
         f"batch: {micro} rows x {accumulation} accumulated x {world} processes = "
         f"{micro * accumulation * world} rows a step\n"
-        f"steps: {len(run.rows):,} rows, {run.per_epoch:,} steps an epoch, {run.total:,} in all"
+        f"steps: {rows:,} rows, {per_epoch:,} steps an epoch, {total:,} in all"
     )
     if torch.cuda.device_count() > world:
         print(
-            f"GPUs: this uses {world} of {torch.cuda.device_count()}; `deepspeed train.py "
-            "--deepspeed ds_zero2.json` and the same flags use all"
+            f"GPUs: {world} of {torch.cuda.device_count()}; `deepspeed train.py --deepspeed "
+            "ds_zero2.json` and the same flags use all"
         )
-    masters = args.bf16 or stage > 0  # DeepSpeed has fp32 masters of fp32 weights too
-    show_memory(memory(run.model, count, world, stage, masters), ON_HOST[args.offload])
 
 
 def memory(model, count, world: int, stage: int, masters: bool) -> dict:
@@ -77,8 +71,14 @@ def memory(model, count, world: int, stage: int, masters: bool) -> dict:
     return held | {"masters": 4 * trained * masters, "moments": 8 * trained}
 
 
-def show_memory(held: dict, away: list):
+# What --offload keeps in the host's memory.
+ON_HOST = {"none": [], "optimizer": ["gradients", "masters", "moments"]}
+ON_HOST["all"] = ["weights", *ON_HOST["optimizer"]]
+
+
+def show_memory(held: dict, offload: str = "none"):
     """Prints it, and on a GPU whether it has room for that, without any activations."""
+    away = ON_HOST[offload]
     sizes = ", ".join(f"{what} {size / 2**20:,.1f} MiB" for what, size in held.items())
     print(f"memory: {sizes}" + (f"; on the host: {', '.join(away)}" if away else ""), flush=True)
     if not torch.cuda.is_available():
@@ -215,6 +215,12 @@ class WandB(Silent):
 
     def close(self):
         self.run.finish()
+
+
+def is_installed(package: str) -> bool:
+    """Whether there is such a package; a mere folder of that name, as wandb leaves, is none."""
+    spec = importlib.util.find_spec(package)
+    return spec is not None and spec.origin is not None
 
 
 TRACKERS = {"none": Silent, "tensorboard": TensorBoard, "wandb": WandB}

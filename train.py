@@ -30,7 +30,6 @@ import contextlib
 import datetime
 import functools
 import hashlib
-import importlib.util
 import math
 import os
 import re
@@ -168,17 +167,20 @@ def contradictions(args) -> list[tuple]:
     new_adapter = args.train_type == "use_lora" and not args.adapter
     for_new = [f"--{name}" for name in NEW_ADAPTER if getattr(args, name) is not None]
     empty = [f"--{name}" for name, value in vars(args).items() if value == ""]
-    tracker = args.report_to != "none" and importlib.util.find_spec(args.report_to)
     return [
-        (empty, f"{empty} is empty: leave it out"),
+        (empty, f"{' '.join(empty)} is empty: leave it out"),
         (
             for_new and not new_adapter,
-            f"{for_new}: for a new adapter (--train_type use_lora without --adapter): leave it out",
+            f"{' '.join(for_new)} is for a new adapter (--train_type use_lora without --adapter): leave it out",
         ),
         (
             args.train_type != "use_lora" and (args.bits == 4 or args.adapter),
             f"--train_type {args.train_type} trains the base: --bits 4 and --adapter are for "
             "use_lora",
+        ),
+        (
+            args.image_aspect_ratio and args.train_type == "use_lora",
+            "--image_aspect_ratio: an adapter sees pictures as its base does: leave it out",
         ),
         (
             args.early_stopping_patience and not args.validation_data_path,
@@ -188,8 +190,8 @@ def contradictions(args) -> list[tuple]:
             args.offload != "none" and not args.deepspeed,
             f"--offload {args.offload} needs --deepspeed ds_zero2.json, or ds_zero3.json",
         ),
-        (  # a mere folder of that name, as wandb leaves, has no origin
-            args.report_to != "none" and (tracker is None or tracker.origin is None),
+        (
+            args.report_to != "none" and not report.is_installed(args.report_to),
             f"--report_to {args.report_to}: not installed, `pip install {args.report_to}`",
         ),
     ]
@@ -253,7 +255,7 @@ def add_adapters(model, args, dtype):
     print(lora.fold(names))
 
 
-def load_model(args, source: Path, device: str, stage: int):
+def load_model(args, source: Path, device: str, stage: int = 0):
     """The model as the flags want it: in 4 bits or not, with an adapter or not, what trains set.
 
     For ZeRO-3 its weights stay mapped from the file, and in the file's dtype, until
@@ -327,10 +329,8 @@ def make_optimizer(parameters: dict, args) -> torch.optim.AdamW:
     return torch.optim.AdamW(described, betas=(0.9, 0.999), eps=1e-8, fused=True)
 
 
-def schedule(step: int, total_steps: int, warmup_ratio: float, kind: str) -> float:
+def schedule(step: int, total_steps: int, warmup_steps: int, kind: str) -> float:
     """The factor on the learning rates at `step`, from 0: linear warm-up, then as `kind` says."""
-    # The last step is never part of the warm-up: a run of one step would learn nothing.
-    warmup_steps = min(math.ceil(warmup_ratio * total_steps), total_steps - 1)
     if step < warmup_steps:
         return step / warmup_steps
     progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
@@ -658,9 +658,20 @@ class Run:
         self.per_epoch = len(self.plan(0))  # steps
         self.total = math.ceil(self.per_epoch * args.num_train_epochs)
         self.total = args.max_steps if args.max_steps > 0 else self.total
-        report.before_step_1(self, args, stage, lora.count)
+        self.show(stage)
         self.last_step = min(5, self.total) if args.dry_run else self.total  # the heaviest is first
         self.begin(run_id, same)
+
+    def show(self, stage: int):
+        """Prints what trains, the arithmetic of batches, and that of memory."""
+        args, world = self.args, self.engine.world
+        micro, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
+        masters = args.bf16 or stage > 0  # DeepSpeed has fp32 masters of fp32 weights too
+        report.show_modules(self.model, lora.count)
+        steps = self.per_epoch, self.total
+        report.show_batches(micro, accumulation, world, len(self.rows), *steps)
+        held = report.memory(self.model, lora.count, world, stage, masters)
+        report.show_memory(held, args.offload)
 
     def plan(self, epoch: int):
         """The rows of each step of an epoch: (steps, rows)."""
@@ -790,6 +801,8 @@ def train(args, source: Path, config: dict | None, signals: list) -> int:
     if run.validation and not run.resumed and not args.dry_run:
         run.validate()
     training_mode(run.model)
+    # At the step behind the warm-up the rate is above zero: there is such a step.
+    warmup = min(math.ceil(args.warmup_ratio * run.total), run.total - 1)
     bar = report.Progress(run.total, progress["step"], engine.rank)
     windows = run.windows(progress["step"])
 
@@ -813,7 +826,7 @@ def train(args, source: Path, config: dict | None, signals: list) -> int:
             engine.backward(loss * engine.world / max(supervised, 1), last=i == len(window) - 1)
             sums += torch.stack([loss.detach(), right])
         loss, right = (total / max(supervised, 1) for total in engine.sum(*sums.tolist()))
-        factor = schedule(progress["step"], run.total, args.warmup_ratio, args.lr_scheduler_type)
+        factor = schedule(progress["step"], run.total, warmup, args.lr_scheduler_type)
         norm = engine.step(factor)  # clips, then AdamW; not where the norm is not finite
         run.check_finite(loss, norm, window)
 

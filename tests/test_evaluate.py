@@ -12,9 +12,10 @@ import unicodedata
 import pytest
 import torch
 from conftest import HERE, LORA, evaluated, losses_of, metrics_of, open_dataset, run
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import LlavaForConditionalGeneration
 
+import checkpoint
 import data
 import evaluate
 import model as llava
@@ -431,7 +432,7 @@ def test_the_best_model_and_patience_survive_a_kill(
         log.append(line)
         if line.startswith(b"5/60"):
             process.kill()
-    assert process.wait() == -signal.SIGKILL and train.checkpoints(tmp_path / "b")
+    assert process.wait() == -signal.SIGKILL and checkpoint.checkpoints(tmp_path / "b")
     log = b"".join(log).decode()
     assert max(len(line) for line in log.split("\n")) <= 80, log
     assert "\r" not in log and b"\r" not in (tmp_path / "stderr").read_bytes()
@@ -514,7 +515,7 @@ def test_wrong_calls_are_one_line_and_write_nothing(world, tmp_path, monkeypatch
         (tmp_path / "nan" / path.name).write_bytes(path.read_bytes())
     tensors = load_file(tmp_path / "nan" / "model.safetensors")
     tensors["multi_modal_projector.linear_2.bias"][0] = math.nan
-    llava.save_file(tensors, tmp_path / "nan" / "model.safetensors", {"format": "pt"})
+    save_file(tensors, tmp_path / "nan" / "model.safetensors", {"format": "pt"})
     for flags, says in (
         ({"output_dir": tmp_path / "held"}, "exists already"),
         ({"model_name_or_path": tmp_path / "none"}, "no such folder"),

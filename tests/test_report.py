@@ -23,10 +23,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-import data
 import lora
 import model as llava
 import report
+import toy
 import train
 
 # --- before step 1 ---
@@ -44,10 +44,9 @@ def test_memory_is_what_torch_holds_between_steps(world):
     def size(tensors):
         return sum(t.numel() * t.element_size() for t in tensors)
 
-    masters = engine.masters.values()
+    masters = engine.trained.values()
     found = {"weights": size(model.parameters()), "masters": size(masters)}
     found["gradients"] = size(p.grad for p in masters)
-    engine.optimizer.step()
     states = engine.optimizer.state.values()
     found["moments"] = size(state[key] for state in states for key in ("exp_avg", "exp_avg_sq"))
     assert report.memory(model, lora.count, 1, 0, True) == found
@@ -78,18 +77,16 @@ def test_a_dry_run_measures_and_writes_nothing(world, tmp_path, capsys):
     assert status == 0 and not (tmp_path / "run").exists()
     expected = r"dry run: peak [\d.]+ GiB; 100 steps take \d:\d\d:\d\d, without evaluations"
     assert re.fullmatch(expected, printed.splitlines()[-1])
-    trial = report.Trial(np.array([[2, 3], [0, 1]]), np.array([10, 20, 30, 40]), 50)
-    assert trial.plan.tolist() == [[2, 3], [2, 3], [0, 1]]
-    trial.seconds = [99, 7, 3]  # 0.1 seconds a token, and 50 tokens a step on average
-    trial.show("cpu")
-    assert "50 steps take 0:04:10" in capsys.readouterr().out
+    plan, lengths = np.array([[2, 3], [0, 1], [0, -1]]), np.array([10, 20, 30, 50])
+    report.dry_run([99, 3, 1], plan, lengths, 48, "cpu")  # a tenth of a second a token, 40 a step
+    assert "48 steps take 0:03:12" in capsys.readouterr().out
 
 
 @pytest.mark.long
 def test_a_dry_run_is_right_within_15_percent(tmp_path):
     """Peak and total time against those of the run itself, each in its own process."""
-    llava.build_tiny(tmp_path / "model", data.toy_words(200))
-    data.toy(tmp_path / "toy", 240, 0)
+    toy.make_model(tmp_path / "model", toy.toy_words(200))
+    toy.make_data(tmp_path / "toy", 240, 0)
     argv = [
         sys.executable,
         HERE / "train.py",
@@ -149,7 +146,7 @@ def test_a_log_takes_back_the_lines_behind_a_checkpoint(tmp_path):
 def test_reports_go_to_tensorboard_or_wandb(world, tmp_path, monkeypatch, kind):
     """To stand-ins, which note what they are told. What such a library raises is one line."""
     flags = dict(validation_data_path=world / "rows.json", max_steps=2, report_to=kind)
-    monkeypatch.setattr(train, "is_installed", lambda name: True)
+    monkeypatch.setattr(report, "is_installed", lambda name: True)
     told, module = [], types.ModuleType(kind)
 
     class Writer:
@@ -197,7 +194,7 @@ def test_a_tracker_that_is_not_installed_is_one_line(tmp_path, monkeypatch, caps
     (tmp_path / "wandb_or_such").mkdir()  # a folder, as wandb leaves one, is no package
     with monkeypatch.context() as here:
         here.syspath_prepend(str(tmp_path))
-        assert not train.is_installed("wandb_or_such") and train.is_installed("torch")
+        assert not report.is_installed("wandb_or_such") and report.is_installed("torch")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SystemExit) as stop:
         parsed("full", "--report_to", "wandb")
