@@ -436,17 +436,15 @@ def test_the_best_model_and_patience_survive_a_kill(
     log = b"".join(log).decode()
     assert max(len(line) for line in log.split("\n")) <= 80, log
     assert "\r" not in log and b"\r" not in (tmp_path / "stderr").read_bytes()
-    rename, count = train.replace_folder, []
+    replace, count = Path.replace, []
 
-    def die_at_the_third(part, out):
-        if out.name == "best":
-            count.append(out)
-        if len(count) == 3:
-            out.rename(out.with_name("best.old"))
+    def die_at_the_third(part, out):  # the second best is out of the way, the third not yet there
+        count.append(out)
+        if [path.name for path in count].count("best") == 3:
             raise Killed
-        rename(part, out)
+        return replace(part, out)
 
-    monkeypatch.setattr(train, "replace_folder", die_at_the_third)
+    monkeypatch.setattr(Path, "replace", die_at_the_third)
     again = overfitting | {"resume_from_checkpoint": "latest"}
     with pytest.raises(Killed):
         run(world, tmp_path / "b", **again)
