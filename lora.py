@@ -63,6 +63,12 @@ def add_lora(linear, args, kwargs, y):
     return linear.lora(args[0] if args else kwargs["input"], y)
 
 
+def is_linear(module):
+    # nn.MultiheadAttention reads its out_proj's weight and never calls it: no adapter would act.
+    uncalled = nn.modules.linear.NonDynamicallyQuantizableLinear
+    return isinstance(module, nn.Linear) and not isinstance(module, uncalled)
+
+
 def find_linears(model, pattern):
     """{path: layer} of the linear layers whose whole path matches a regular expression."""
     try:
@@ -75,12 +81,6 @@ def find_linears(model, pattern):
         example = next(reversed(linears), "none")
         raise ValueError(f"{pattern!r} matches no linear layer's whole path (one is {example})")
     return found
-
-
-def is_linear(module):
-    # nn.MultiheadAttention reads its out_proj's weight and never calls it: no adapter would act.
-    uncalled = nn.modules.linear.NonDynamicallyQuantizableLinear
-    return isinstance(module, nn.Linear) and not isinstance(module, uncalled)
 
 
 def inject(model, target_modules, r, alpha, dropout=0.0, use_rslora=False, dtype=None):
@@ -189,11 +189,15 @@ def fold(names):
 # differ. It rewrites only a prefix, and is idempotent. (`str` changes nothing.)
 
 
-def weight_files(folder):
-    """What transformers reads: model.safetensors, or else the shards that the index names.
+def read_json(file):
+    try:
+        return json.loads(file.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file} is not JSON: {error}") from None
 
-    Other files beside them, left over or foreign, are not looked at.
-    """
+
+def weight_files(folder):
+    """The file, or the shards of its index, that transformers reads; others there do not count."""
     single = Path(folder) / "model.safetensors"
     index = Path(folder) / "model.safetensors.index.json"
     if single.is_file():
@@ -201,14 +205,6 @@ def weight_files(folder):
     if not index.is_file():
         raise FileNotFoundError(f"{folder} has neither {single.name} nor {index.name}")
     return [Path(folder) / name for name in sorted(set(read_json(index)["weight_map"].values()))]
-
-
-def read_folder(folder):
-    """{name: tensor} of a model folder, mapped from its files: read from disk when touched."""
-    config = Path(folder) / "config.json"
-    if config.is_file() and "quantization_config" in read_json(config):
-        raise ValueError(f"{config}: quantization_config: a base has to be in 16 or 32 bits here")
-    return {k: v for file in weight_files(folder) for k, v in read_tensors(file).items()}
 
 
 def read_tensors(file):
@@ -225,11 +221,12 @@ def write_tensors(tensors, file):
     file.chmod(mode)
 
 
-def read_json(file):
-    try:
-        return json.loads(file.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file} is not JSON: {error}") from None
+def read_folder(folder):
+    """{name: tensor} of a model folder, mapped from its files: read from disk when touched."""
+    config = Path(folder) / "config.json"
+    if config.is_file() and read_json(config).get("quantization_config"):
+        raise ValueError(f"{config}: quantization_config: a base has to be in 16 or 32 bits here")
+    return {k: v for file in weight_files(folder) for k, v in read_tensors(file).items()}
 
 
 def fingerprint(tensors, rename=str):
@@ -289,6 +286,10 @@ SUPPORTED = {
 }
 
 
+def is_inside(path, modules):
+    return path.startswith(tuple(f"{module}." for module in modules))
+
+
 def adapter_keys(model, rename, modules_to_save):
     """{parameter name: key in PEFT's file, less the prefix} of all that an adapter holds."""
     keys = {}
@@ -301,8 +302,12 @@ def adapter_keys(model, rename, modules_to_save):
     return keys
 
 
-def is_inside(path, modules):
-    return path.startswith(tuple(f"{module}." for module in modules))
+def options_of(model):
+    """What the adapters of a model have in common, under PEFT's names."""
+    loras = [module for module in model.modules() if isinstance(module, LoRA)]
+    options = {(m.r, m.alpha, m.dropout.p, m.use_rslora) for m in loras}
+    assert len(options) == 1, f"an adapter has one r, alpha, dropout and scaling, not {options}"
+    return dict(zip(DEFAULTS, options.pop()))
 
 
 def save(model, out, base=None, rename=str, modules_to_save=(), tensors=None, base_name=None):
@@ -342,56 +347,6 @@ def save(model, out, base=None, rename=str, modules_to_save=(), tensors=None, ba
         "base_fingerprint": base and base_fingerprint(base, rename),
     }
     (out / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-
-
-def options_of(model):
-    """What the adapters of a model have in common, under PEFT's names."""
-    loras = [module for module in model.modules() if isinstance(module, LoRA)]
-    options = {(m.r, m.alpha, m.dropout.p, m.use_rslora) for m in loras}
-    assert len(options) == 1, f"an adapter has one r, alpha, dropout and scaling, not {options}"
-    return dict(zip(DEFAULTS, options.pop()))
-
-
-def load(model, adapter, base=None, rename=str):
-    """Names of the parameters that an adapter, ours or PEFT's, has filled.
-
-    Leaves the model as `save` found it: adapters and modules_to_save train, the rest is frozen.
-    base is the folder that the model is from, if any; an adapter trained on another is refused.
-    What the adapter has for parts of that folder that the model leaves out, since they are never
-    run, goes to `model.unused_adapter`, from where `save` takes it.
-    """
-    config, tensors = read_adapter(adapter, base, rename, model)
-    layers = [name for name, _ in model.named_modules() if rename(name) + A_KEY in tensors]
-    options = [config[entry] for entry in DEFAULTS]
-    adapted = inject(model, "|".join(map(re.escape, layers)), *options)
-    assert adapted == layers, f"no adapter can act on {set(layers) - set(adapted)}: never called"
-    keys = adapter_keys(model, rename, config["modules_to_save"])
-    for name, key in keys.items():
-        model.get_parameter(name).requires_grad_(True).data.copy_(tensors.pop(key))
-    model.unused_adapter = {key: tensor.clone() for key, tensor in tensors.items()}
-    return list(keys)
-
-
-def read_adapter(folder, base=None, rename=str, model=None):
-    """(config, {key less the prefix: tensor}) of an adapter for a base: a folder, a model or both.
-
-    Raises ValueError unless the adapter has just the keys and shapes that its base asks for.
-    """
-    folder, on_disk = Path(folder), read_folder(base) if base else {}
-    config = read_config(folder / CONFIG)
-    parameters = dict(model.named_parameters()) if model else {}
-    shapes = base_shapes({**parameters, **on_disk}, rename)
-    config["modules_to_save"] = whole_paths(config["modules_to_save"], shapes, folder / CONFIG)
-    tensors = read_tensors(folder / WEIGHTS)
-    tensors = {rename(key.removeprefix(PREFIX)): tensor for key, tensor in tensors.items()}
-    check_keys(tensors, shapes, config, folder)
-    known = config.get("base_fingerprint")
-    if base and known and known != fingerprint(on_disk, rename):
-        raise ValueError(
-            f"{folder} was trained on other weights than those of {base}: on "
-            f"{config['base_model_name_or_path']}, as it was before any adapter was merged into it"
-        )
-    return config, tensors
 
 
 def read_config(file):
@@ -446,3 +401,45 @@ def check_keys(tensors, shapes, config, folder):
                 f"{folder}: {key} is {found.get(key, 'missing')} instead of "
                 f"{expected.get(key, 'absent')}, as this base wants it"
             )
+
+
+def read_adapter(folder, base=None, rename=str, model=None):
+    """(config, {key less the prefix: tensor}) of an adapter for a base: a folder, a model or both.
+
+    Raises ValueError unless the adapter has just the keys and shapes that its base asks for.
+    """
+    folder, on_disk = Path(folder), read_folder(base) if base else {}
+    config = read_config(folder / CONFIG)
+    parameters = dict(model.named_parameters()) if model else {}
+    shapes = base_shapes({**parameters, **on_disk}, rename)
+    config["modules_to_save"] = whole_paths(config["modules_to_save"], shapes, folder / CONFIG)
+    tensors = read_tensors(folder / WEIGHTS)
+    tensors = {rename(key.removeprefix(PREFIX)): tensor for key, tensor in tensors.items()}
+    check_keys(tensors, shapes, config, folder)
+    known = config.get("base_fingerprint")
+    if base and known and known != fingerprint(on_disk, rename):
+        raise ValueError(
+            f"{folder} was trained on other weights than those of {base}: on "
+            f"{config['base_model_name_or_path']}, as it was before any adapter was merged into it"
+        )
+    return config, tensors
+
+
+def load(model, adapter, base=None, rename=str):
+    """Names of the parameters that an adapter, ours or PEFT's, has filled.
+
+    Leaves the model as `save` found it: adapters and modules_to_save train, the rest is frozen.
+    base is the folder that the model is from, if any; an adapter trained on another is refused.
+    What the adapter has for parts of that folder that the model leaves out, since they are never
+    run, goes to `model.unused_adapter`, from where `save` takes it.
+    """
+    config, tensors = read_adapter(adapter, base, rename, model)
+    layers = [name for name, _ in model.named_modules() if rename(name) + A_KEY in tensors]
+    options = [config[entry] for entry in DEFAULTS]
+    adapted = inject(model, "|".join(map(re.escape, layers)), *options)
+    assert adapted == layers, f"no adapter can act on {set(layers) - set(adapted)}: never called"
+    keys = adapter_keys(model, rename, config["modules_to_save"])
+    for name, key in keys.items():
+        model.get_parameter(name).requires_grad_(True).data.copy_(tensors.pop(key))
+    model.unused_adapter = {key: tensor.clone() for key, tensor in tensors.items()}
+    return list(keys)

@@ -70,7 +70,7 @@ def merge(base, adapter, out, rename=str, dequantize=False):
 
 
 def copy_the_rest(base, adapter, out):
-    """Config, index, tokenizer and so on of the base; the template that the adapter was taught."""
+    """Config, index, tokenizer and so on of the base; the template that the adapter learnt."""
     model.copy_side_files(base, out)
     for name in ("config.json", "model.safetensors.index.json"):
         if (base / name).is_file():
@@ -90,7 +90,8 @@ def report(distances, args):
     """One line of what was done; for an adapter trained over 4 bits, one for each choice."""
     if args.verbose:
         for layer, choices in distances.items():
-            print(f"{layer}: {', '.join(f'{distance:.1e}' for distance in choices)}")
+            shown = [f"{distance:.1e}" for distance in choices]
+            print(f"{layer}: {', '.join(shown)}")
     as_it_is = summary([choices[0] for choices in distances.values()])
     dequantized = summary([choices[-1] for choices in distances.values()])
     print(
@@ -110,7 +111,7 @@ def main(argv=None):
     add("--adapter", required=True, help="folder of the adapter")
     add("--out", required=True, help="folder to write, a new one")
     add("--dequantize", **BOOLEAN, default=False, help="trained with --bits 4: onto nf4's weights")
-    add("--verbose", **BOOLEAN, default=False, help="print the distance of each layer")
+    add("--verbose", **BOOLEAN, default=False, help="print each layer's distance, or both")
     args = parser.parse_args(argv)
     base = model.resolve(args.model_name_or_path)
     with written(check_new(args.out)) as out:
