@@ -24,7 +24,6 @@ import re
 import sys
 import unicodedata
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import torch

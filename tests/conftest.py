@@ -318,7 +318,6 @@ def okvqa_argv(folder, *splits):
         for kind in ("questions", "annotations")
     ]
     return [
-        "okvqa",
         "--questions",
         *files[0],
         "--annotations",

@@ -40,7 +40,10 @@ PART = {"type": "text", "text": "x"}
         ({}, "expected a row"),
         ({"conversations": "hello"}, "expected a row"),
         ({"conversations": [1]}, "expected a row"),
-        ({"conversations": [{"from": "human"}, SAID[1]]}, "turn 1: what is said is neither a string"),
+        (
+            {"conversations": [{"from": "human"}, SAID[1]]},
+            "turn 1: what is said is neither a string",
+        ),
         (row(["a", 3]), "turn 2: what is said is neither a string"),
         (row(["a", None]), "turn 2: what is said"),
         (row(["a", [PART, {"type": "video"}]]), "turn 2: what is said is neither .* text or image"),

@@ -53,6 +53,8 @@ from transformers import (
 import data
 import lora
 import model as llava
+import okvqa
+import toy as world
 from data import IGNORE, IMAGE
 
 
@@ -75,15 +77,15 @@ def test_tokenizer_that_would_change_when_saved_is_refused(tmp_path):  # traps 1
 @pytest.fixture(scope="session")
 def toy(tmp_path_factory):
     folder = tmp_path_factory.mktemp("toy")
-    assert data.main(["toy", "--out", str(folder / "a"), "--scenes", "200"]) == 0
+    assert world.main(["data", "--out", str(folder / "a"), "--scenes", "200"]) == 0
     return folder / "a"
 
 
 def test_toy_data_is_a_function_of_its_seed(toy, tmp_path, monkeypatch):
     for name, seed in (("again", 0), ("other", 1)):
         assert (
-            data.main(
-                ["toy", "--out", str(tmp_path / name), "--scenes", "200", "--seed", str(seed)]
+            world.main(
+                ["data", "--out", str(tmp_path / name), "--scenes", "200", "--seed", str(seed)]
             )
             == 0
         )
@@ -128,76 +130,11 @@ def test_toy_data_keeps_its_rules(toy):
     ) & files(held_out)
 
 
-@pytest.fixture
-def show(toy, tiny):
-    return [
-        "show",
-        "--model_name_or_path",
-        str(tiny),
-        "--data_path",
-        str(toy / "train.json"),
-        "--image_folder",
-        str(toy / "images"),
-    ]
-
-
-def test_show_prints_a_row_as_the_model_gets_it(toy, tiny, show, capsys):
-    rows = json.loads((toy / "train.json").read_text())
-    i = next(i for i, r in enumerate(rows) if len(data.image_list(r)) == 2)
-    assert data.main([*show, "--index", str(i), "--json"]) == 0
-    printed = json.loads(capsys.readouterr().out)
-    dataset = data.open_dataset(toy / "train.json", toy / "images", tiny)
-    batch = data.Collator(dataset.image_token_id, 576)([dataset[i]])
-    assert printed == {
-        "input_ids": batch["input_ids"][0].tolist(),
-        "labels": batch["labels"][0].tolist(),
-    }
-    assert data.main([*show, "--index", str(i)]) == 0
-    printed = capsys.readouterr().out
-    assert printed.count(f"{IMAGE} x 576") == 2 and f"{len(batch['labels'][0])} tokens" in printed
-
-
-@pytest.mark.parametrize(
-    "argv, error",
-    [
-        ([], "command"),
-        (["paint"], "invalid choice"),
-        (["toy"], "--out"),
-        (["toy", "--out", "x", "--scenes", "many"], "invalid int"),
-        (["toy", "--out", "FILE"], "FILE"),
-        (["toy", "--out", "x", "--scenes", "0"], "--scenes 0"),
-        (["show"], "--model_name_or_path"),
-        (["SHOW", "--version", "v7"], "invalid choice"),
-        (["SHOW", "--index", "99999"], "--index 99999"),
-        (["SHOW", "--index", "-1"], "--index -1"),
-        (["SHOW", "--model_max_length", "500"], "would cut off"),
-        (["SHOW", "--data_path", "nowhere.json"], "no such file"),
-        (["SHOW", "--image_folder", "nowhere"], "no such folder"),
-        (["SHOW", "--model_name_or_path", "nowhere"], "no config.json"),
-        (["SHOW", "--version", "plain"], "--version plain takes one"),
-        (["SHOW", "--wrong", "1"], "unrecognized"),
-    ],
-)
-def test_bad_call_is_one_line_and_status_2(toy, show, tmp_path, monkeypatch, capsys, argv, error):
-    monkeypatch.chdir(tmp_path)
-    write(tmp_path / "FILE", "")
-    rows = json.loads((toy / "train.json").read_text())
-    first = next(i for i, r in enumerate(rows) if data.image_list(r) and len(r["kinds"]) > 1)
-    argv = [*show, "--index", str(first), *argv[1:]] if argv[:1] == ["SHOW"] else argv
-    try:
-        status = data.main(argv)
-    except SystemExit as stop:
-        status = stop.code
-    out, err = capsys.readouterr()
-    assert status == 2 and out == "" and len(err.splitlines()) == 1 and re.search(error, err), err
-    assert [path.name for path in tmp_path.iterdir()] == ["FILE"]
-
-
 def test_okvqa_rows_are_the_raw_files_and_no_picture_is_on_both_sides(
     tmp_path,
 ):  # traps 1, 2, 3, 33
     argv = write_vqa(tmp_path, "train2014", ASKED)
-    assert data.main([*argv, "--out", str(tmp_path / "a" / "b"), "--val_fraction", "0.3"]) == 0
+    assert okvqa.main([*argv, "--out", str(tmp_path / "a" / "b"), "--val_fraction", "0.3"]) == 0
     train, validation = (
         json.loads((tmp_path / "a/b" / f"{n}.json").read_text()) for n in ("train", "validation")
     )
@@ -217,10 +154,10 @@ def test_okvqa_rows_are_the_raw_files_and_no_picture_is_on_both_sides(
         best = "été" if k % 2 else "x" if k % 3 == 0 else "frog"  # of ties the first
         assert a["content"] == best and (tmp_path / "coco" / picture).is_file()
     argv[-1] = str(tmp_path / "coco" / "train2014")  # the split's own folder, or a zip of COCO's
-    assert data.main([*argv, "--out", str(tmp_path / "own"), "--val_fraction", "0.3"]) == 0
+    assert okvqa.main([*argv, "--out", str(tmp_path / "own"), "--val_fraction", "0.3"]) == 0
     shutil.make_archive(str(tmp_path / "coco"), "zip", tmp_path / "coco")
     argv[-1] = str(tmp_path / "coco.zip")
-    assert data.main([*argv, "--out", str(tmp_path / "zip"), "--val_fraction", "0.3"]) == 0
+    assert okvqa.main([*argv, "--out", str(tmp_path / "zip"), "--val_fraction", "0.3"]) == 0
     for name in ("train.json", "validation.json"):
         text = (tmp_path / "a/b" / name).read_text()
         assert (tmp_path / "zip" / name).read_text() == text
@@ -230,7 +167,7 @@ def test_okvqa_rows_are_the_raw_files_and_no_picture_is_on_both_sides(
 def test_okvqa_writes_the_same_bytes_whatever_the_hash_seed(tmp_path):  # trap 2
     argv = [*write_vqa(tmp_path, "train2014", ASKED), "--val_fraction", "0.4"]
     for out, seed in (("a", "0"), ("b", "1")):
-        assert data.main([*argv, "--out", str(tmp_path / out), "--seed", seed]) == 0
+        assert okvqa.main([*argv, "--out", str(tmp_path / out), "--seed", seed]) == 0
     again = [sys.executable, HERE / "data.py", *argv, "--out", tmp_path / "again"]
     subprocess.run(
         again, check=True, env={**os.environ, "PYTHONHASHSEED": "7"}, capture_output=True
@@ -248,7 +185,7 @@ def test_okvqa_takes_validation_from_files_of_its_own(tmp_path, capsys):
     write_vqa(tmp_path, "train2014", ASKED[:12])
     write_vqa(tmp_path, "val2014", [(n + 100, i + 50, *rest) for n, i, *rest in ASKED[12:]])
     argv = okvqa_argv(tmp_path, "train2014", "val2014")
-    assert data.main([*argv, "--out", str(tmp_path / "out")]) == 0
+    assert okvqa.main([*argv, "--out", str(tmp_path / "out")]) == 0
     counts = [
         len(json.loads((tmp_path / "out" / f"{n}.json").read_text()))
         for n in ("train", "validation")
@@ -258,7 +195,7 @@ def test_okvqa_takes_validation_from_files_of_its_own(tmp_path, capsys):
         and "train.json: 12 questions about 10 pictures" in capsys.readouterr().out
     )
     twice = okvqa_argv(tmp_path, "train2014", "train2014")
-    assert data.main([*twice, "--out", str(tmp_path / "twice")]) == 2
+    assert okvqa.main([*twice, "--out", str(tmp_path / "twice")]) == 2
     assert (
         "train2014_questions.json: train2014/COCO_train2014_000000000000.jpg is a picture of"
         in capsys.readouterr().err
@@ -328,100 +265,10 @@ def test_faulty_raw_files_are_one_line_and_nothing_is_written(tmp_path, capsys, 
     argv, fault = write_vqa(tmp_path, "train2014", ASKED), VQA_FAULTS[says]
     more = fault.split() if isinstance(fault, str) else fault(tmp_path) and []
     before = sorted(tmp_path.rglob("*"))
-    assert data.main([*argv, "--out", str(tmp_path / "out"), *(more or [])]) == 2
+    assert okvqa.main([*argv, "--out", str(tmp_path / "out"), *(more or [])]) == 2
     out, err = capsys.readouterr()
     assert out == "" and len(err.splitlines()) == 1 and re.search(says, err), err
     assert sorted(tmp_path.rglob("*")) == before
-
-
-def faulty_rows(folder, **options):
-    """Rows, a good one and one of each fault, in a .json or .jsonl, and pictures in a folder or .zip."""
-    (folder / "p").mkdir()
-    for name, size in (("a.jpg", (640, 480)), ("cut.jpg", (640, 480)), ("b.png", (30, 20))):
-        noise(*size).save(folder / "p" / name)
-    whole = (folder / "p/cut.jpg").read_bytes()
-    write(folder / "p/cut.jpg", whole[: len(whole) // 2])
-    write(folder / "p/text.jpg", "no picture")
-    ask = [f"{IMAGE} What?", "A frog."]
-    return [
-        row(ask, id="0", image="a.jpg"),
-        row(["Hi", "Yes.", "So?", "No."], id="007"),
-        row(ask, id="gone", image="gone.jpg"),
-        row(ask, id="0", image="cut.jpg"),
-        row([f"{IMAGE}{IMAGE}", "both"], id="both", image=["text.jpg", "gone.jpg"]),
-        row(["?", "x"], id="no placeholder", image="a.jpg"),
-        row(["only a question"], id="mute"),
-        row([f"{IMAGE} What?", "long " * 300], id="long", image="b.png"),
-        row([f"{IMAGE} " + "long " * 300, "x"], id="nothing left", image="b.png"),
-        5,
-    ]
-
-
-@pytest.mark.parametrize("full", [False, True])
-@pytest.mark.parametrize("place", ["p", "p.zip"])
-def test_check_finds_what_training_would_stumble_over(
-    tiny, tmp_path, capsys, place, full
-):  # traps 32, 33; troubles 20, 21
-    rows = write(tmp_path / "rows.json", json.dumps(faulty_rows(tmp_path)))
-    shutil.make_archive(str(tmp_path / "p"), "zip", tmp_path / "p")
-    argv = [
-        "--data_path",
-        str(rows),
-        "--image_folder",
-        str(tmp_path / place),
-        "--model_max_length",
-        "700",
-    ]
-    argv += ["--model_name_or_path", str(tiny)]
-    assert data.main(["check", *argv, *["--full"] * full]) == 1
-    out, err = capsys.readouterr()
-    faults = [line for line in out.splitlines() if line.startswith(str(rows))]
-    wanted = [
-        r"row 2 \(id gone\): picture .*gone.jpg",
-        *[r"row 3 \(id 0\): picture cut.jpg: not one that can be read"] * full,
-        r"row 4 \(id both\): the row has 1\d+ tokens, and .* would cut off a picture: raise it",
-        r"row 4 \(id both\): picture text.jpg: not one that can be read",
-        r"row 4 \(id both\): picture .*gone.jpg",
-        r"row 5 \(id no placeholder\): 1 picture\(s\) but 0 <image>",
-        r"row 6 \(id mute\): there is no gpt turn",
-        r"row 8 \(id nothing left\): the row has .* tokens, and nothing is left .* raise it",
-        r"row 9: expected",
-    ]
-    assert len(faults) == len(wanted) and all(map(re.search, wanted, faults)), out
-    assert err == "" and "Traceback" not in out
-    dataset = data.open_dataset(rows, tmp_path / place, tiny, max_length=700, on_bad_record="skip")
-    items = [dataset[i] for i in range(10)]
-    bad = [i for i in range(10) if items[i]["fault"]]  # training's verdict is that of a full check
-    assert bad == [2, 3, 4, 5, 6, 8, 9]
-    assert not full or sorted({int(re.search(r"row (\d+)", f)[1]) for f in faults}) == bad
-    good = [items[i] for i in (0, 1, 7)]
-    assert good[2]["cut"] > 0 and re.search(r"cut +3 rows .* at 700 tokens", out)
-    report = dict(line.split(None, 1) for line in out.splitlines()[len(faults) :])
-    assert report["rows"] == "10, 3 of them text-only" and report["faults"].startswith(
-        f"{len(faults)}: mend"
-    )
-    assert (report["turns"], report["pictures"]) == ("16", "7")
-    assert report["ids"] == "1 of them repeated, the first '0'"
-
-
-def test_check_reports_the_tokens_that_training_sees(toy, tiny, capsys):
-    argv = ["--data_path", str(toy / "train.json"), "--image_folder", str(toy / "images")]
-    assert data.main(["check", *argv]) == 0
-    assert "tokens" not in capsys.readouterr().out  # no model, no tokens
-    assert data.main(["check", *argv, "--model_name_or_path", str(tiny)]) == 0
-    report = dict(line.split(None, 1) for line in capsys.readouterr().out.splitlines())
-    dataset = data.open_dataset(toy / "train.json", toy / "images", tiny)
-    batch = data.Collator(dataset.image_token_id, 576)(
-        list(map(dataset.__getitem__, range(len(dataset))))
-    )
-    lengths = batch["lengths"]
-    shares = [f"{s} % have up to {np.percentile(lengths, s):,.0f}" for s in (50, 90, 99)]
-    assert report["tokens"] == ", ".join([*shares, f"the longest row {max(lengths):,}"])
-    assert (
-        report["supervised"]
-        == f"{(batch['labels'] != IGNORE).sum() / sum(lengths):.1%} of the tokens"
-    )
-    assert report["cut"].startswith("0 rows (0.00%)") and report["faults"] == "0"
 
 
 @pytest.mark.parametrize(
