@@ -24,11 +24,9 @@ from conftest import (
     adapt,
     built,
     edit,
-    noise,
     okvqa_argv,
     parts,
     refused,
-    row,
     saved,
     small_tokenizer,
     tensors_of,
@@ -55,7 +53,7 @@ import lora
 import model as llava
 import okvqa
 import toy as world
-from data import IGNORE, IMAGE
+from data import IMAGE
 
 
 def test_tokenizer_that_would_change_when_saved_is_refused(tmp_path):  # traps 12, 45
