@@ -402,10 +402,10 @@ def test_600_000_rows_open_in_a_minute_and_workers_stay_small(tiny, tmp_path):
     with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
         for i in range(n):
             archive.writestr(f"GCC_train_{i:09d}.jpg", picture)
-    began = time.perf_counter()
+    began = time.process_time()  # of this process, whatever else the machine does
     rows = open_dataset(tmp_path / "chat.json", tmp_path / "images.zip", tiny, version="plain")
     steps = data.plan_epoch(rows.records.lengths, rows.records.has_picture, 256, 0, 0, False)
-    seconds = time.perf_counter() - began
+    seconds = time.process_time() - began
     batches = data.micro_batches(steps, 1, 1, 0)[:16]
     shares = [sum(batches[k::4], []) for k in range(4)]  # 1,024 rows for each of 4 workers
     private = list(
