@@ -1,6 +1,10 @@
 """What the README says and invites to: its commands, its tables, files taken alone or changed."""
 
+<<<<<<< HEAD
 import importlib
+=======
+import itertools
+>>>>>>> rows
 import json
 import os
 import re
@@ -8,7 +12,9 @@ import shlex
 import shutil
 import subprocess
 import sys
+import types
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -26,13 +32,18 @@ from conftest import (
     in_this_process,
     launched,
     messages_of,
+<<<<<<< HEAD
     open_dataset,
+=======
+    noise,
+>>>>>>> rows
     parts,
     run,
     small_tokenizer,
     tensors_of,
     theirs,
     weights_of,
+    write,
     write_vqa,
 )
 from PIL import Image
@@ -45,7 +56,7 @@ import build
 import data
 import model as llava
 import train
-from data import IGNORE, ChatText, PictureTransform
+from data import IGNORE, IMAGE, ChatText, PictureTransform
 
 ALONE = {  # ten lines each that know nothing of the other files, and what they print
     "model": (
@@ -342,3 +353,63 @@ def test_every_command_of_the_readme_runs(world, tmp_path, monkeypatch, capsys):
         "merge.py",
         "bench.py",
     }
+
+
+README = (Path(data.__file__).parent / "README.md").read_text()
+
+
+def snippet(before):
+    """The indented lines of the README that follow a sentence."""
+    lines = README[README.index(before) + len(before) :].lstrip("\n").splitlines()
+    return "\n".join(line[4:] for line in itertools.takewhile(lambda x: x[:4] == "    ", lines))
+
+
+def run_snippet(folder, before, **names):
+    code = snippet(before)
+    assert code
+    exec("import csv, json, random\nfrom pathlib import Path\n" + code, names)
+    return [data.parse_record(json.loads(json.dumps(r))) for r in names["rows"]], names["rows"]
+
+
+def test_the_readmes_snippets_make_rows(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "images").mkdir()
+    items = [
+        {
+            "image": noise(9, 9),
+            "question": "What?",
+            "choices": ["x", "A frog."],
+            "correct_choice_idx": 1,
+        }
+    ]
+    hub = types.SimpleNamespace(load_dataset=lambda name, split: items)
+    monkeypatch.setitem(sys.modules, "datasets", hub)
+    write(tmp_path / "train.csv", 'image,question,answer\n0.png,What?,"A frog."\n')
+    wanted = [
+        {"role": "user", "content": f"{IMAGE}\nWhat?"},
+        {"role": "assistant", "content": "A frog."},
+    ]
+    for before in ("Rows out of Hugging Face `datasets`:", "`question` and `answer`:"):
+        parsed, _ = run_snippet(tmp_path, before)
+        assert parsed == [(wanted, ["0.png"])]
+        assert [data.parse_record(r) for r in json.loads(Path("train.json").read_text())] == parsed
+        assert data.decode_picture(Path("images/0.png").read_bytes()).size == (9, 9)
+    for i in range(40):
+        write(tmp_path / f"images/{i}.jpg", b"")
+        write(tmp_path / f"images/{i}.txt", f"a frog {i}\n")
+    parsed, rows = run_snippet(tmp_path, "has its caption in `a.txt`:")
+    assert sorted(m[1]["content"] for m, _ in parsed) == sorted(f"a frog {i}" for i in range(40))
+    run_snippet(tmp_path, "(split by picture where one has many rows):", rows=rows)
+    train, held_out = (json.loads(Path(f"{n}.json").read_text()) for n in ("train", "validation"))
+    assert len(held_out) == 2 and len(train) == 38
+    assert sorted(r["image"] for r in train + held_out) == sorted(r["image"] for r in rows)
+
+
+def test_the_readme_shows_both_forms_of_a_row(tmp_path):
+    forms = README[
+        README.index('    {"id": "7", "image"') : README.index("The first is LLaVA's and")
+    ]
+    decoder, found = json.JSONDecoder(), []
+    for start in re.finditer(r'^    \{"(id|images)"', forms, re.MULTILINE):
+        found.append(data.parse_record(decoder.raw_decode(forms[start.start() + 4 :])[0]))
+    assert len(found) == 2 and found[0] == found[1]

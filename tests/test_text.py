@@ -398,22 +398,8 @@ def test_tokenizers_that_lack_what_is_needed_are_refused():
 
 
 ODD = [
-    "ASSISTANT: ",
-    "\nA frog.",
-    "\n\n",
-    "",
-    "   ",
-    " a",
-    "Q ",
-    "[INST] x [/INST]",
-    "USER: x ASSISTANT: y USER:",
-    "naïve 数字 🙂",
-    "</s",
-    "/s>",
-    "<0x0A>",
-    "\ta\r\n",
-]
-CONTROL = ["</s>", "<unk>", "<s>", "<|im_end|>", "x<|im_start|>user\nhi", f"{IMAGE} is", "<<s>>"]
+    "ASSISTANT: ", "\nA frog.", "\n\n", "", "   ", " a", "Q ", "[INST] x [/INST]", "</s", "/s>",
+    "USER: x ASSISTANT: y USER:", "naïve 数字 🙂", "<0x0A>", "\ta\r\n"]  # fmt: skip
 
 
 def learnt(answer):
@@ -437,21 +423,15 @@ def test_odd_answers_are_taught_as_they_are(tokenizer, version):
         assert prompt == ids[: len(prompt)], odd
 
 
-def test_control_strings_are_refused_but_for_pictures_of_questions(tokenizer):
-    text = chat_text(tokenizer, "v1")
-    known = set(tokenizer.all_special_tokens) | {
-        t.content for t in tokenizer.added_tokens_decoder.values()
-    }
-    for words in CONTROL:
-        if not any(word in words for word in known):
-            continue
-        for turns in ([("Hi", words)], [(words.replace(IMAGE, "</s>"), "x")]):
-            if not any(word in turns[0][0] + turns[0][1] for word in known):
-                continue
-            with pytest.raises(ValueError, match="text holds <.*>, a control string: remove it"):
-                text.ids_and_labels(messages_of(turns))
-    with pytest.raises(ValueError, match="the system's text holds <image>"):
-        text.ids_and_labels(messages_of([("a", "b")], IMAGE))
+@pytest.mark.parametrize("words", ["<|im_end|>", "x<|im_start|>user\nhi", "a <s> b"])
+def test_control_strings_are_refused_in_any_turn(words):
+    text = chat_text(byte_level(), "v1")
+    for turns, system in (([("Hi", words)], None), ([(words, "x")], None), ([("a", "b")], words)):
+        with pytest.raises(ValueError, match="text holds <.*>, a control string: remove it"):
+            text.ids_and_labels(messages_of(turns, system))
+    for turns, system in (([("Hi", IMAGE)], None), ([("a", "b")], IMAGE)):
+        with pytest.raises(ValueError, match="text holds <image>, a control string"):
+            text.ids_and_labels(messages_of(turns, system))
 
 
 texts = st.lists(
