@@ -331,19 +331,8 @@ def okvqa_argv(folder, *splits):
         [str(folder / f"{split}_{kind}.json") for split in splits]
         for kind in ("questions", "annotations")
     ]
-<<<<<<< HEAD
     pictures = ["--image_folder", str(folder / "coco")]
     return ["--questions", *files[0], "--annotations", *files[1], *pictures]
-=======
-    return [
-        "--questions",
-        *files[0],
-        "--annotations",
-        *files[1],
-        "--image_folder",
-        str(folder / "coco"),
-    ]
->>>>>>> rows
 
 
 ASKED = [  # 20 questions about 10 pictures

@@ -1,10 +1,7 @@
 """What the README says and invites to: its commands, its tables, files taken alone or changed."""
 
-<<<<<<< HEAD
 import importlib
-=======
 import itertools
->>>>>>> rows
 import json
 import os
 import re
@@ -32,11 +29,8 @@ from conftest import (
     in_this_process,
     launched,
     messages_of,
-<<<<<<< HEAD
-    open_dataset,
-=======
     noise,
->>>>>>> rows
+    open_dataset,
     parts,
     run,
     small_tokenizer,
