@@ -240,50 +240,43 @@ TEMPLATES = {
     "v1": (
         "A chat between a curious user and an artificial intelligence assistant. "
         "The assistant gives helpful, detailed, and polite answers to the user's questions.",
-        "{{ system + ' ' }}"
-        "{%- for turn in turns -%}"
-        "{%- if turn.role == 'user' -%}{{ 'USER: ' + turn.content + ' ' }}"
-        "{%- else -%}{{ 'ASSISTANT: ' + turn.content + eos_token }}{%- endif -%}"
-        "{%- endfor -%}"
+        "{{ system }} {% for turn in turns %}{% if turn.role == 'user' %}USER: {{ turn.content }} "
+        "{% else %}ASSISTANT: {{ turn.content }}{{ eos_token }}{% endif %}{% endfor %}"
         "{{ 'ASSISTANT:' if add_generation_prompt else '' }}",
     ),
     "llava_llama_2": (
         "You are a helpful language and vision assistant. You are able to understand the visual "
         "content that the user provides, and assist the user with a variety of tasks using natural "
         "language.",
-        "{%- for turn in turns -%}"
-        "{%- if turn.role == 'user' -%}{{ ('' if loop.first else BOS) + '[INST] ' }}"
-        "{%- if loop.first and system -%}{{ '<<SYS>>\n' + system + '\n<</SYS>>\n\n' }}{%- endif -%}"
-        "{{ turn.content + ' [/INST]' }}"
-        "{%- else -%}{{ ' ' + turn.content + ' ' + eos_token }}{%- endif -%}"
-        "{%- endfor -%}",
+        "{% for turn in turns %}{% if turn.role == 'user' %}{{ '' if loop.first else BOS }}[INST] "
+        "{{ '<<SYS>>\n' + system + '\n<</SYS>>\n\n' if loop.first and system else '' }}"
+        "{{ turn.content }} [/INST]{% else %} {{ turn.content }} {{ eos_token }}{% endif %}"
+        "{% endfor %}",
     ),
     "chatml_direct": (
         "Answer the questions.",
-        "{{ '<|im_start|>system\n' + system + '<|im_end|>' }}"
-        "{%- for turn in turns -%}"
-        "{{ '<|im_start|>' + turn.role + '\n' + turn.content + '<|im_end|>' }}"
-        "{%- endfor -%}"
+        "<|im_start|>system\n{{ system }}<|im_end|>{% for turn in turns %}"
+        "<|im_start|>{{ turn.role + '\n' + turn.content }}<|im_end|>{% endfor %}"
         "{{ '<|im_start|>assistant\n' if add_generation_prompt else '' }}",
     ),
 }
 VERSIONS = ["plain", *TEMPLATES, "own"]
+SYSTEM_AND_TURNS = (
+    "{% set own = messages[0].role == 'system' %}{% set turns = messages[1:] if own else messages %}"
+    "{% set system = messages[0].content if own else DEFAULT %}"
+)
 
 # Stands in front of any template, so that it takes contents as strings and as lists of parts, and a
 # question's only picture goes first, as in training. The second is for templates that want parts.
 AS_STRINGS = (
-    "{%- set all = namespace(messages=[], text='') -%}"
-    "{%- for message in messages -%}"
-    "{%- set all.text = message.content if message.content is string else '' -%}"
-    "{%- for part in ([] if message.content is string else message.content) -%}"
-    "{%- set all.text = all.text + ('<image>\n' if part.type == 'image' else part.text) -%}"
-    "{%- endfor -%}"
-    "{%- if message.role == 'user' and all.text.count('<image>') == 1 -%}"
-    "{%- set all.text = ('<image>\n' + all.text.replace('<image>', '').strip()).strip() -%}"
-    "{%- endif -%}"
-    "{%- set all.messages = all.messages + [dict(message, content=all.text)] -%}"
-    "{%- endfor -%}"
-    "{%- set messages = all.messages -%}"
+    "{% set all = namespace(messages=[], text='') %}{% for message in messages %}"
+    "{% set all.text = message.content if message.content is string else '' %}"
+    "{% for part in ([] if message.content is string else message.content) %}"
+    "{% set all.text = all.text + ('<image>\n' if part.type == 'image' else part.text) %}"
+    "{% endfor %}{% if message.role == 'user' and all.text.count('<image>') == 1 %}"
+    "{% set all.text = ('<image>\n' + all.text.replace('<image>', '').strip()).strip() %}"
+    "{% endif %}{% set all.messages = all.messages + [dict(message, content=all.text)] %}"
+    "{% endfor %}{% set messages = all.messages %}"
 )
 AS_PARTS = AS_STRINGS.replace("content=all.text", "content=[{'type': 'text', 'text': all.text}]")
 
@@ -293,12 +286,8 @@ ANOTHER = "name another template, such as --version v1"
 def named_template(version: str, has_bos: bool) -> str:
     """The Jinja template of one of LLaVA's `--version` names."""
     system, body = TEMPLATES[version]
-    return (
-        "{%- set own = messages[0].role == 'system' -%}"
-        "{%- set turns = messages[1:] if own else messages -%}"
-        f"{{%- set system = messages[0].content if own else {json.dumps(system)} -%}}"
-        + body.replace("BOS", "bos_token" if has_bos else "''")
-    )
+    head = SYSTEM_AND_TURNS.replace("DEFAULT", json.dumps(system))
+    return head + body.replace("BOS", "bos_token" if has_bos else "''")
 
 
 def as_llava_has_it(messages: list[dict], control: re.Pattern) -> list[dict]:
@@ -379,12 +368,10 @@ class ChatText:
         ids, labels = self.ids_and_labels(probe)
         for n in (1, 3):
             prompt, _ = self.ids_and_labels(probe[:n], prompt=True)
-            seen, learnt = labels[: len(prompt)], labels[len(prompt)]
-            if ids[: len(prompt)] != prompt or seen[-1] != IGNORE or learnt == IGNORE:
-                raise ValueError(
-                    "the chat template's generation prompt ends within an answer's first token, as "
-                    f"with a space at its end: {ANOTHER}"
-                )
+            before, after = labels[len(prompt) - 1 : len(prompt) + 1]
+            if ids[: len(prompt)] != prompt or before != IGNORE or after == IGNORE:
+                reason = "ends within an answer's first token, as with a space at its end"
+                raise ValueError(f"the chat template's generation prompt {reason}: {ANOTHER}")
         ends = {i for i, after in zip(labels, [*labels[1:], IGNORE]) if after == IGNORE != i}
         self.stop_ids = sorted(ends | {self.tokenizer.eos_token_id} - {None})
 
@@ -402,8 +389,11 @@ class ChatText:
         With `prompt` they end where an answer begins, and there are no labels.
         """
         messages = as_llava_has_it(messages, self.control)
-        if self.version == "plain":
-            text, answers = self.caption(messages)
+        if self.version == "plain":  # picture and caption: the question is left out
+            if len(messages) != 2 or messages[0]["content"].count(IMAGE) != 1:
+                raise ValueError(f"--version plain takes one picture and one answer: {ANOTHER}")
+            text = IMAGE + messages[1]["content"] + "\n"
+            answers = [(len(IMAGE), len(text))]
         else:
             text = self.render(messages, prompt)
             answers = [] if prompt else self.find_answers(text, messages)
@@ -419,15 +409,6 @@ class ChatText:
         bos = [] if tokens.input_ids[:1] == self.bos else self.bos
         return bos + tokens.input_ids, [IGNORE] * len(bos) + labels
 
-    def caption(self, messages: list[dict]) -> tuple[str, list[tuple]]:
-        """The text of `plain`, for pictures and captions: the question is left out."""
-        if len(messages) != 2 or messages[0]["content"].count(IMAGE) != 1:
-            raise ValueError(
-                f"--version plain takes one human and one gpt turn with one picture: {ANOTHER}"
-            )
-        text = IMAGE + messages[1]["content"] + "\n"
-        return text, [(len(IMAGE), len(text))]
-
     def find_answers(self, text: str, messages: list[dict]) -> list[tuple]:
         """Where each answer begins and ends, its end token included, in the rendered text.
 
@@ -436,62 +417,70 @@ class ChatText:
         """
         at, answers = 0, []
         for n, (role, content) in enumerate(message.values() for message in messages):
-            said = content.strip()  # many templates strip
+            said, fault = content.strip(), ""  # many templates strip
             if role == "assistant":
                 end = self.control.search(text, at)
                 shown = text[at : end.start()] if end else text[at:]
                 if not end or not shown.rstrip().endswith(said):
-                    raise ValueError(
-                        f"the chat template makes {shown[:60]!r} of the answer {said[:60]!r}, or "
-                        f"puts no end token after it: {ANOTHER}"
-                    )
-                answers.append((at, end.end()))
-                at = end.end()
-                continue
-            place = text.find(said, at)
-            if place < 0:
-                raise ValueError(
-                    f"the chat template drops the {role} turn: remove it, or {ANOTHER}"
-                )
-            at = place + len(said)
-            if role == "user":
-                at = text.find(self.begin, at) + len(self.begin)
-                if at < len(self.begin):
-                    raise ValueError(
-                        "the chat template's generation prompt does not begin its rendering of an "
-                        f"answer: {ANOTHER}"
-                    )
-            elif text.find(messages[n + 1]["content"].strip(), at) < 0:
-                at = 0  # Mistral's puts the system's text before the last question
+                    fault = f"makes {shown[:60]!r} of the answer {said[:60]!r}, or does not end it"
+                else:
+                    answers.append((at, end.end()))
+                    at = end.end()
+            elif text.find(said, at) < 0:
+                fault = f"drops the {role} turn: remove it"
+            elif role == "user":
+                begin = text.find(self.begin, text.find(said, at) + len(said))
+                fault = "begins an answer otherwise than its generation prompt ends" * (begin < 0)
+                at = begin + len(self.begin)
+            else:  # in front of the first question, or, as Mistral has it, of the last
+                behind = text.find(said, at) + len(said)
+                at = behind if text.find(messages[n + 1]["content"].strip(), behind) >= 0 else at
+            if fault:
+                raise ValueError(f"the chat template {fault}: {ANOTHER}")
         return answers
 
 
 # --- a row > turns and the names of its pictures ---
 
-ROW = (
-    '{"image": "a.jpg", "conversations": [{"from": "human", "value": "<image>\\nWhat is it?"}, '
-    '{"from": "gpt", "value": "A frog."}]}'
-)
+ROW = """{"image": "a.jpg", "conversations": [{"from": "human", "value": "<image>\\nWhat is it?"},
+{"from": "gpt", "value": "A frog."}]}""".replace("\n", " ")
 ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant"}
 ROLES["system"] = "system"
 NOT_READ = ["video", "videos", "audio", "audios"]
 MISNAMED = ["image_path", "image_paths", "image_file", "image_url", "image_urls", "img", "picture"]
 
 
-def turns_of(row: dict) -> list[dict]:
-    """The turns under `conversations` (LLaVA, ShareGPT) or `messages` (TRL, LLaMA-Factory), with a
-    system turn first where the row has `system`.
+def parse_record(row: dict) -> tuple[list[dict], list[str]]:
+    """The turns as {role, content} and the pictures' names; ValueError, with the fix, if wrong.
+
+    Turns stand under `conversations` (LLaVA, ShareGPT) or `messages` (TRL, LLaMA-Factory). A gpt
+    turn before the first question is dropped, as LLaVA does, and so is a last question.
     """
     turns = row.get("conversations") or row.get("messages") if isinstance(row, dict) else None
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         raise ValueError(f"expected a row such as {ROW}, or one with messages")
-    system = [{"role": "system", "content": row["system"]}] if row.get("system") else []
-    return system + turns
+    if row.get("system"):
+        turns = [{"role": "system", "content": row["system"]}, *turns]
+    said, pictures = [], []
+    for found in (row.get("image"), row.get("images")):
+        pictures += found if isinstance(found, list) else [] if found is None else [found]
+    for n, turn in enumerate(turns, 1):
+        content, names = read_content(turn.get("value", turn.get("content")))
+        said.append((n, ROLES.get(str(turn.get("from", turn.get("role")))), content))
+        pictures += names
+    first = int(said[0][1] == "system")
+    if len(said) > first and said[first][1] == "assistant":
+        del said[first]
+    if said and said[-1][1] == "user":  # a question without an answer teaches nothing
+        said.pop()
+    check_row(row, said, pictures)
+    return [{"role": role, "content": content} for _, role, content in said], pictures
 
 
 def read_content(content) -> tuple[str | None, list[str]]:
-    """What a turn says, and the pictures that it names: a string, or parts, joined as the templates
-    that we save join them; None where it is neither.
+    """What a turn says, and the pictures that its parts name; (None, []) if it is no text.
+
+    Parts are joined as the templates that we save join them.
     """
     if isinstance(content, str):
         return content, []
@@ -507,32 +496,7 @@ def read_content(content) -> tuple[str | None, list[str]]:
 
 
 def image_list(row: dict) -> list[str]:
-    """The names of a row's pictures, under `image` or `images` or in the parts of its turns."""
-    names = []
-    for found in (row.get("image"), row.get("images")):
-        names += found if isinstance(found, list) else [] if found is None else [found]
-    for turn in turns_of(row):
-        names += read_content(turn.get("content"))[1]
-    return names
-
-
-def parse_record(row: dict) -> tuple[list[dict], list[str]]:
-    """The turns as {role, content} and the pictures' names; ValueError, with the fix, if wrong.
-
-    A gpt turn before the first question is dropped, as LLaVA does, and so is a last question.
-    """
-    turns = []
-    for n, turn in enumerate(turns_of(row), 1):
-        content, _ = read_content(turn.get("value", turn.get("content")))
-        turns.append((n, ROLES.get(str(turn.get("from", turn.get("role")))), content))
-    first = int(turns[0][1] == "system")
-    if len(turns) > first and turns[first][1] == "assistant":
-        del turns[first]
-    if turns and turns[-1][1] == "user":  # a question without an answer teaches nothing
-        turns.pop()
-    pictures = image_list(row)
-    check_row(row, turns, pictures)
-    return [{"role": role, "content": content} for _, role, content in turns], pictures
+    return parse_record(row)[1]
 
 
 def check_row(row: dict, turns: list[tuple], pictures: list):
@@ -682,14 +646,9 @@ class LlavaDataset(torch.utils.data.Dataset):
     def item(self, i: int, ids, labels, pixels, cut: int = 0, fault: str | None = None) -> dict:
         size = self.transform.size
         pixels = np.array(pixels, np.float32).reshape(-1, 3, size, size)  # (n, 3, S, S), n may be 0
-        return {
-            "input_ids": torch.tensor(ids),
-            "labels": torch.tensor(labels),
-            "pixel_values": torch.from_numpy(pixels),
-            "row": i,
-            "cut": cut,
-            "fault": fault,
-        }
+        tensors = {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels)}
+        tensors["pixel_values"] = torch.from_numpy(pixels)
+        return {**tensors, "row": i, "cut": cut, "fault": fault}
 
     def fit(self, ids: list[int], labels: list[int]) -> int:
         """How many ids fit into `max_length`. What is cut off is the end, wherever that falls, but

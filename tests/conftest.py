@@ -51,6 +51,7 @@ from transformers import (
 )
 
 import bench
+import data
 import lora
 import model as llava
 import train
@@ -283,6 +284,11 @@ def row(turns, **more):
         "conversations": [{"from": names[i % 2], "value": t} for i, t in enumerate(turns)],
         **more,
     }
+
+
+def open_dataset(rows, images, folder, **options):
+    config, tokenizer = llava.read_config(folder), llava.open_tokenizer(folder)
+    return data.open_dataset(rows, images, folder, config, tokenizer, **options)
 
 
 def write(path, content):

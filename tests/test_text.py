@@ -1,7 +1,8 @@
 """From a conversation to ids and labels, with tokenizers of every kind."""
 
 import json
-from collections import Counter
+import re
+import time
 
 import pytest
 from conftest import (
@@ -11,6 +12,7 @@ from conftest import (
     byte_level,
     messages_of,
     noise,
+    open_dataset,
     row,
     sentencepiece,
     with_image,
@@ -18,8 +20,8 @@ from conftest import (
 )
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoProcessor, PreTrainedTokenizerFast
+from tokenizers import Tokenizer, models
+from transformers import AutoProcessor, ByT5Tokenizer, PreTrainedTokenizerFast
 
 import data
 from data import IGNORE, IMAGE, ChatText
@@ -46,12 +48,13 @@ SYSTEMS = {
     "qwen": "You are a helpful assistant.",
 }
 
-# facts.md B3: what stands before the conversation, its turns, an answer as it is rendered
+# As LLaVA has them: what stands before the conversation, its turns, an answer as it is rendered,
+# what stands behind an answer. The tokenizer puts the first start token in front.
 FORMATS = {
-    "v1": ("{bos}{system} ", "USER: {q} ASSISTANT:", " {a}{eos}", ""),
-    "llava_llama_2": ("", "{bos}[INST] {system}{q} [/INST]", " {a} {eos}", ""),
+    "v1": ("{system} ", "USER: {q} ASSISTANT:", " {a}{eos}", ""),
+    "llava_llama_2": ("[INST] ", "{system}{q} [/INST]", " {a} {eos}", "{bos}[INST] "),
     "chatml_direct": (
-        "{bos}<|im_start|>system\n{system}<|im_end|>",
+        "<|im_start|>system\n{system}<|im_end|>",
         "<|im_start|>user\n{q}<|im_end|><|im_start|>assistant\n",
         "{a}<|im_end|>",
         "",
@@ -98,7 +101,7 @@ def chat_text(tokenizer, version):
 
 
 def render(version, tokenizer, turns, system=None):
-    """(prompts, answers): the text as facts.md B3 has it, in pieces; the last prompt is what follows the last answer."""
+    """(prompts, answers): the text in pieces; the last prompt is what follows the last answer."""
     start, prompt, answer, behind = FORMATS[version]
     system, prompts, answers = SYSTEMS[version] if system is None else system, [], []
     if version == "llava_llama_2":
@@ -108,7 +111,8 @@ def render(version, tokenizer, turns, system=None):
         head = (start if i == 0 else behind) + prompt
         prompts.append(head.format(q=q, system=system if i == 0 else "", **words))
         answers.append(answer.format(a=a, **words))
-    return prompts + [behind], answers
+    end = behind if version == "qwen" else ""
+    return [*prompts, end], answers
 
 
 def plain_ids(tokenizer, text):
@@ -145,31 +149,23 @@ TURNS = [
 
 @pytest.mark.parametrize("version", FORMATS)
 @pytest.mark.parametrize("system", [None, "Be short.", ""])
-def test_ids_are_the_tokenizers_own_and_labels_the_answers(
-    tokenizer, version, system
-):  # traps 4, 6, 7, 8, 30, 42, 44, 46; troubles 1, 18
+def test_ids_are_the_tokenizers_and_labels_the_answers(tokenizer, version, system):
     text = chat_text(tokenizer, version)
     for n in (1, 2, 3):
         prompts, answers = render(version, tokenizer, TURNS[:n], system)
         messages = messages_of(TURNS[:n], system)
-        whole = "".join(p + a for p, a in zip(prompts, answers + [""]))
+        whole = "".join(p + a for p, a in zip(prompts, [*answers, ""]))
         assert text.render(messages) == whole
         ids, labels = text.ids_and_labels(messages)
         assert ids == plain_ids(tokenizer, whole)
-        if (
-            tokenizer.bos_token and version != "llava_llama_2"
-        ):  # that one has a start token in each turn
+        if tokenizer.bos_token and version != "llava_llama_2":  # that one has one in each turn
             assert ids.count(tokenizer.bos_token_id) == 1 and ids[0] == tokenizer.bos_token_id
         assert supervised(text, messages) == answers
-        for k in range(
-            n
-        ):  # what is asked at inference is what was trained on, and what anyone else feeds
+        for k in range(n):  # asked as it was taught, and as anyone else asks
             asked = messages[: len(messages) - 2 * (n - k) + 1]
             prompt = text.ids_and_labels(asked, prompt=True)[0]
-            assert (
-                prompt == ids[: len(prompt)]
-                and labels[len(prompt)] != IGNORE == labels[len(prompt) - 1]
-            )
+            assert prompt == ids[: len(prompt)]
+            assert labels[len(prompt)] != IGNORE == labels[len(prompt) - 1]
             theirs = tokenizer.apply_chat_template(asked, add_generation_prompt=True).input_ids
             assert prompt in (theirs, text.bos + theirs)
 
@@ -196,9 +192,7 @@ LLAMA_2 = (  # a start token in each turn, contents stripped
     [QWEN, CHATML, NO_SYSTEM, WITH_BOS, PARTS, MISTRAL, LLAMA_2],
     ids="qwen chatml no_system with_bos parts mistral llama_2".split(),
 )
-def test_a_folders_own_template_gives_the_ids_that_it_gives_anyone(
-    tokenizer, template
-):  # traps 4, 6, 44, 46, 47; troubles 1, 18
+def test_own_template_gives_the_ids_that_it_gives_anyone(tokenizer, template):
     if tokenizer.bos_token is None:
         tokenizer.bos_token = "<s>"  # has one, as Qwen2's may, and never puts it in front by itself
     text = chat_text(tokenizer, template)
@@ -227,21 +221,18 @@ def test_a_folders_own_template_gives_the_ids_that_it_gives_anyone(
         assert labels[len(prompt)] != IGNORE == labels[len(prompt) - 1]
 
 
-def test_plain_is_picture_and_caption_without_end_token(tokenizer):  # trap 37
+def test_plain_is_picture_and_caption_without_end_token(tokenizer):
     text = ChatText(tokenizer, "plain")
-    ids, labels = text.ids_and_labels(messages_of(TURNS[:1]))
+    ids, _ = text.ids_and_labels(messages_of(TURNS[:1]))
     assert ids == tokenizer(f"{IMAGE}A frog.\n").input_ids and tokenizer.eos_token_id not in ids
-    assert [a.lstrip(" ") for a in supervised(text, messages_of(TURNS[:1]))] == [
-        "A frog.\n"
-    ]  # legacy: a space in front
+    captions = [a.lstrip(" ") for a in supervised(text, messages_of(TURNS[:1]))]
+    assert captions == ["A frog.\n"]  # a legacy tokenizer puts a space in front
     assert text.chat_template is None and ids[-1] in text.stop_ids
-    for wrong in (
-        messages_of(TURNS[:2]),
-        messages_of(TURNS[1:2]),
-        messages_of(TURNS[:1], "Be short."),
-    ):
-        with pytest.raises(ValueError, match="--version plain takes one human and one gpt turn"):
-            text.ids_and_labels(wrong)
+    for wrong in (TURNS[:2], TURNS[1:2]):
+        with pytest.raises(ValueError, match="--version plain takes one picture and one answer"):
+            text.ids_and_labels(messages_of(wrong))
+    with pytest.raises(ValueError, match="--version plain takes"):
+        text.ids_and_labels(messages_of(TURNS[:1], "Be short."))
 
 
 @pytest.mark.parametrize(
@@ -257,53 +248,92 @@ def test_plain_is_picture_and_caption_without_end_token(tokenizer):  # trap 37
         *SYSTEMS,
     ],
 )
-def test_saved_template_takes_strings_and_parts_with_equal_ids(template, tmp_path):
+def test_saved_template_takes_strings_and_parts_with_equal_ids(template):
     tokenizer = sentencepiece("<unk>", legacy=False)
     text = chat_text(tokenizer, template)
-    question = [{"type": "image"}, {"type": "text", "text": "What is it?"}]
-    for content in (TURNS[0][0], question):
-        theirs = tokenizer.apply_chat_template(
-            [{"role": "user", "content": content}], add_generation_prompt=True
-        )
-        ours = text.ids_and_labels(messages_of(TURNS)[:1], prompt=True)[0]
-        assert ours in (theirs.input_ids, text.bos + theirs.input_ids)
-        assert ours.count(1) == 1 == ours.count(text.image_token_id)
-    once = tokenizer.chat_template
-    assert ChatText(tokenizer).chat_template == once  # a folder that we wrote is taken as it is
-    answers = [a for _, a in TURNS]
-    assert [
-        s.strip().removesuffix("</s>").removesuffix("<|im_end|>").strip()
-        for s in supervised(text, messages_of(TURNS))
-    ] == answers
+    said, picture = {"type": "text", "text": "What is it?"}, {"type": "image"}
+    contents = [f"{IMAGE}\nWhat is it?", f"What is it?\n{IMAGE}", f"What {IMAGE}is it?"]
+    ours = text.ids_and_labels(messages_of(TURNS)[:1], prompt=True)[0]
+    for content in (*contents, [picture, said], [said, picture]):  # the picture goes first
+        asked = [{"role": "user", "content": content}]
+        theirs = tokenizer.apply_chat_template(asked, add_generation_prompt=True).input_ids
+        assert ours in (theirs, text.bos + theirs)
+        if isinstance(content, str):
+            assert text.ids_and_labels(asked, prompt=True)[0] == ours
+    assert ours.count(1) == 1 == ours.count(text.image_token_id)
+    assert ChatText(tokenizer).chat_template == tokenizer.chat_template  # taken as it is
+    ends = "</s>", "<|im_end|>"
+    answers = [s.strip().removesuffix(ends[0]).removesuffix(ends[1]).strip()
+               for s in supervised(text, messages_of(TURNS))]  # fmt: skip
+    assert answers == [a for _, a in TURNS]
+
+
+@pytest.mark.parametrize("version", ["v1", "qwen"])
+def test_several_pictures_of_a_turn_stay_where_they_stand(version):
+    text = chat_text(byte_level(), version)
+    question = f"Is {IMAGE} like {IMAGE}?"
+    parts = [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "Alike?"}]
+    assert f"{question}" in text.tokenizer.decode(
+        text.ids_and_labels([{"role": "user", "content": question}], prompt=True)[0]
+    )
+    theirs = text.tokenizer.apply_chat_template(
+        [{"role": "user", "content": parts}], add_generation_prompt=True, tokenize=False
+    )
+    assert theirs == text.render(
+        [{"role": "user", "content": f"{IMAGE}\n{IMAGE}\nAlike?"}], prompt=True
+    )
+
+
+@pytest.mark.parametrize("version", SYSTEMS)
+def test_named_templates_have_one_start_token_in_two_steps(version):
+    tokenizer = sentencepiece("<unk>", legacy=False)
+    text = chat_text(tokenizer, version)
+    asked = messages_of(TURNS)[:1]
+    words = tokenizer.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
+    assert tokenizer(words).input_ids == text.ids_and_labels(asked, prompt=True)[0]
+
+
+DROPS_THINKING = CHATML.replace(
+    "message['content']", "message['content'].split('</think>')[-1].lstrip('\\n')"
+)
 
 
 @pytest.mark.parametrize(
     "template, error",
     [
-        (LLAVA_HF, "puts no end token after an answer.* --version v1"),
-        (NO_PREFIX, "generation prompt does not begin .* --version v1"),
+        (LLAVA_HF, "of the answer 'A1x', or does not end it: .*--version v1"),
+        (NO_PREFIX, "begins an answer otherwise than .* --version v1"),
+        (CHATML.replace("assistant\n' }}{% endif", "assistant\n ' }}{% endif"), "otherwise than"),
         (None, "no chat template: .* --version v1"),
         ("{{ messages[0].content.nothing.at_all }}", "the chat template refuses"),
         ("{{ 1 / 0 }}", "the chat template refuses"),
+        ("{{ 'Hello' }}</s>", "drops the user turn"),
         (
             CHATML.replace("message['content']", "message['content'] | replace('A', '')"),
-            "changes an answer",
+            "makes '1x' of",
         ),
         (
-            "{% for m in messages %}{{ m.role + ': ' + m.content }}{{ '</s>' if loop.last and m.role != 'user' else '\n' }}{% endfor %}"
+            "{% for m in messages %}{{ m.role + ': ' + m.content }}"
+            "{{ '</s>' if loop.last and m.role != 'user' else '\n' }}{% endfor %}"
+            "{{ 'assistant:' if add_generation_prompt else '' }}",
+            "of the answer 'A1x', or does not end it",
+        ),
+        (
+            "{% for m in messages %}{{ m.role + ': ' + m.content }}"
+            "{{ eos_token if m.role == 'assistant' else '\n' }}{% endfor %}"
             "{{ 'assistant: ' if add_generation_prompt else '' }}",
-            "puts no end token",
+            "' A' is one token, half an answer's",
         ),
     ],
 )
-def test_template_that_cannot_teach_is_refused_in_one_line(template, error):
-    tokenizer = sentencepiece("<unk>", legacy=True)
+@pytest.mark.parametrize("make", ["bytes", "sentencepiece legacy, pad = unk"])
+def test_template_that_cannot_teach_is_refused_in_one_line(make, template, error):
     with pytest.raises(ValueError, match=error) as refused:
-        chat_text(tokenizer, template)
+        chat_text(TOKENIZERS[make](), template)
     assert "\n" not in str(refused.value)
 
 
-def test_system_turn_that_a_template_refuses_or_drops_is_one_clear_line():  # trap 47
+def test_system_turn_that_a_template_refuses_or_drops_is_one_line():
     for template, error in (
         (NO_SYSTEM, "refuses this conversation: System role not supported"),
         (DROPS_SYSTEM, "drops the system turn"),
@@ -314,28 +344,57 @@ def test_system_turn_that_a_template_refuses_or_drops_is_one_clear_line():  # tr
             text.ids_and_labels(messages_of(TURNS, "Be short."))
 
 
+def test_system_text_before_the_last_question_is_found():
+    late = CHATML.replace("message['content']", "(messages[0].content + '\n\n' if loop.last and "
+        "messages[0].role == 'system' else '') + message['content']").replace(
+        "%}{{'", "%}{% if message.role != 'system' %}{{'", 1).replace("{% endfor", "{% endif %}{% endfor")  # fmt: skip
+    for template in (late.replace("loop.last", "loop.revindex == 2"), CHATML):
+        text = chat_text(byte_level(), template)
+        answers = supervised(text, messages_of(TURNS, "Be short."))
+        assert answers == [a + "<|im_end|>" for _, a in TURNS]
+
+
+def test_system_text_that_looks_like_turns_teaches_nothing():
+    text = chat_text(byte_level(), "v1")
+    messages = messages_of(
+        [("Hi", "yes"), ("Hi", "no")], "Say: Hi ASSISTANT: x USER: Hi ASSISTANT:"
+    )
+    assert supervised(text, messages) == [" yes<|im_end|>", " no<|im_end|>"]
+
+
 def test_thinking_block_that_a_template_adds_belongs_to_the_answer():
     template = CHATML.replace(
         "message['content']",
-        "('<think></think>' if loop.last and message.role == 'assistant' "
-        "else '') + message['content']",
+        "('<think></think>' if loop.last and message.role == 'assistant' else '') + "
+        "message['content']",
     )
     text = chat_text(byte_level(), template)
-    assert supervised(text, messages_of(TURNS[:2])) == [
-        "A frog.<|im_end|>",
-        "<think></think>On a leaf, at 12:30.<|im_end|>",
-    ]
+    wanted = ["A frog.<|im_end|>", "<think></think>On a leaf, at 12:30.<|im_end|>"]
+    assert supervised(text, messages_of(TURNS[:2])) == wanted
 
 
-def test_chatml_on_a_tokenizer_without_its_tokens_and_a_tokenizer_without_image_are_refused():  # trap 12
+def test_dropped_thinking_hinders_no_prompt_and_is_named_in_training():
+    text = chat_text(byte_level(), DROPS_THINKING)
+    said = messages_of([("Hi?", "<think>\nhm\n</think>\n\nYes."), ("So?", "No.")])
+    asked, _ = text.ids_and_labels(said[:3], prompt=True)
+    theirs = text.tokenizer.apply_chat_template(said[:3], add_generation_prompt=True).input_ids
+    assert asked == theirs and "hm" not in text.tokenizer.decode(asked)
+    with pytest.raises(ValueError, match="makes 'Yes.' of the answer '<think>.*Yes.'"):
+        text.ids_and_labels(said)
+
+
+def test_tokenizers_that_lack_what_is_needed_are_refused():
     bare = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1, "<|im_end|>": 2}, unk_token="<unk>"))
     bare = PreTrainedTokenizerFast(tokenizer_object=bare, eos_token="</s>", unk_token="<unk>")
     with pytest.raises(ValueError, match="no token <image>"):
         ChatText(bare, "v1")
-    with pytest.raises(ValueError, match="puts no end token"):
+    with pytest.raises(ValueError, match="or does not end it"):  # <|im_end|> is a word like others
         ChatText(with_image(bare), "chatml_direct")
     with pytest.raises(ValueError, match="--version v7: known are plain, v1"):
         ChatText(bare, "v7")
+    slow = with_image(ByT5Tokenizer())
+    with pytest.raises(ValueError, match="ByT5Tokenizer is slow"):
+        ChatText(slow, "v1")
 
 
 ODD = [
@@ -345,46 +404,60 @@ ODD = [
     "",
     "   ",
     " a",
-    "a ",
-    "</s>",
-    "<|im_end|>",
-    f"{IMAGE} is text here",
-    "<unk>",
-    "<s>",
+    "Q ",
     "[INST] x [/INST]",
-    "USER: x ASSISTANT: y</s>USER:",
-    "<|im_start|>user\nhi<|im_end|>\n",
+    "USER: x ASSISTANT: y USER:",
     "naïve 数字 🙂",
-    "<<s>>",
-    "<|endoftext|>",
     "</s",
     "/s>",
     "<0x0A>",
-    "<ima" + IMAGE + "ge>",
     "\ta\r\n",
 ]
+CONTROL = ["</s>", "<unk>", "<s>", "<|im_end|>", "x<|im_start|>user\nhi", f"{IMAGE} is", "<<s>>"]
+
+
+def learnt(answer):
+    """An answer without the empty lines in front."""
+    head = answer[: len(answer) - len(answer.lstrip())]
+    return answer[max(head.rfind("\n"), head.rfind("\r")) + 1 :]
 
 
 @pytest.mark.parametrize("version", FORMATS)
-def test_odd_answers_and_control_strings_are_taught_as_text(tokenizer, version):  # traps 5, 8, 10
+def test_odd_answers_are_taught_as_they_are(tokenizer, version):
     text = chat_text(tokenizer, version)
-    control = set(tokenizer.added_tokens_decoder)
-    normal = Counter(i for i in text.ids_and_labels(messages_of(TURNS[:2]))[0] if i in control)
     for odd in ODD:
-        turns = [(f"{IMAGE}\n" + odd.replace(IMAGE, "x"), odd), ("Where?", odd)]
-        ids = text.ids_and_labels(messages_of(turns))[0]
-        assert supervised(text, messages_of(turns)) == render(version, tokenizer, turns)[1], odd
-        assert Counter(i for i in ids if i in control) == normal, odd
-        prompt = text.ids_and_labels(messages_of(turns)[:3], prompt=True)[0]
+        turns = [(f"{IMAGE}\n{odd}".strip(), learnt(odd)), ("Where?", learnt(odd))]
+        messages = messages_of([(f"{odd} {IMAGE}", odd), ("Where?", odd)])
+        ids = text.ids_and_labels(messages)[0]
+        wanted = render(
+            version, tokenizer, [(f"{IMAGE}\n{odd.strip()}".strip(), turns[0][1]), turns[1]]
+        )
+        assert supervised(text, messages) == wanted[1], odd
+        prompt = text.ids_and_labels(messages[:3], prompt=True)[0]
         assert prompt == ids[: len(prompt)], odd
+
+
+def test_control_strings_are_refused_but_for_pictures_of_questions(tokenizer):
+    text = chat_text(tokenizer, "v1")
+    known = set(tokenizer.all_special_tokens) | {
+        t.content for t in tokenizer.added_tokens_decoder.values()
+    }
+    for words in CONTROL:
+        if not any(word in words for word in known):
+            continue
+        for turns in ([("Hi", words)], [(words.replace(IMAGE, "</s>"), "x")]):
+            if not any(word in turns[0][0] + turns[0][1] for word in known):
+                continue
+            with pytest.raises(ValueError, match="text holds <.*>, a control string: remove it"):
+                text.ids_and_labels(messages_of(turns))
+    with pytest.raises(ValueError, match="the system's text holds <image>"):
+        text.ids_and_labels(messages_of([("a", "b")], IMAGE))
 
 
 texts = st.lists(
     st.one_of(
-        st.sampled_from(["frog", " ", "\n", "  ", ".", "USER:", "<|im_start|>", *ODD]),
-        st.text(
-            st.characters(exclude_categories=["Cs"], exclude_characters="▁\U0010ffff"), max_size=4
-        ),
+        st.sampled_from(["frog", " ", "\n", "  ", ".", "USER:", "ASSISTANT:", *ODD]),
+        st.text(st.characters(exclude_categories=["Cs"], exclude_characters="▁"), max_size=4),
     ),
     max_size=5,
 ).map("".join)
@@ -404,50 +477,51 @@ def test_any_conversation_teaches_its_answers_and_nothing_else(name, version, tu
     key = (name, version)
     text = made[key] = made.get(key) or chat_text(TOKENIZERS[name](), version)
     messages = messages_of(turns)
-    ids, _ = text.ids_and_labels(messages)
-    assert supervised(text, messages) == render(version, text.tokenizer, turns)[1]
-    assert ids.count(text.image_token_id) == sum(q.count(IMAGE) for q, _ in turns)
+    try:
+        ids, _ = text.ids_and_labels(messages)
+    except ValueError as error:  # "\na" is a piece of the tokenizer that was trained here
+        assert re.search("control string|is one token, half an answer's", str(error))
+        return
+    wanted = render(version, text.tokenizer, [(q, learnt(a)) for q, a in turns])[1]
+    assert supervised(text, messages) == wanted
+    assert ids.count(text.image_token_id) == 0
     prompt = text.ids_and_labels(messages[:-1], prompt=True)[0]
     assert prompt == ids[: len(prompt)]
 
 
-def test_text_that_cannot_be_encoded_is_one_clear_error():
-    bare = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1, "a": 2}, unk_token="<unk>"))
-    bare.pre_tokenizer = pre_tokenizers.Whitespace()
-    text = ChatText(
-        with_image(
-            PreTrainedTokenizerFast(tokenizer_object=bare, eos_token="</s>", unk_token="<unk>")
-        ),
-        "v1",
+def test_time_grows_with_the_number_of_turns_not_its_square():
+    text, turns = (
+        chat_text(byte_level(), QWEN),
+        [(f"What is {i}?", f"It is {i}.") for i in range(400)],
     )
-    with pytest.raises(ValueError, match="cannot encode a control string"):
-        text.ids_and_labels(messages_of([("a", "b </s>")]))
-    for text_of_no_character in ("\ud800", "\U0010ffff"):
-        with pytest.raises(ValueError, match="no character"):
-            chat_text(byte_level(), QWEN).ids_and_labels(messages_of([("a", text_of_no_character)]))
+
+    def seconds(count):
+        began = time.process_time()
+        text.ids_and_labels(messages_of(turns[:count]))
+        return time.process_time() - began
+
+    ratio = min(seconds(400) / seconds(50) for _ in range(5))
+    assert ratio < 16  # 8 is linear
 
 
-def test_processor_of_a_folder_gives_the_same_ids_and_pixels(tiny, tmp_path):  # trap 43
+def test_processor_of_a_folder_gives_the_same_ids_and_pixels(tiny, tmp_path):
     noise(400, 300).save(tmp_path / "a.png")
-    parts = [
-        {"type": "image", "path": str(tmp_path / "a.png")},
-        {"type": "text", "text": "What is it?"},
-    ]
-    theirs = AutoProcessor.from_pretrained(tiny).apply_chat_template(
-        [{"role": "user", "content": parts}],
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-        add_generation_prompt=True,
-    )
+    picture = {"type": "image", "path": str(tmp_path / "a.png")}
+    question = {"type": "text", "text": "What is it?"}
     rows = write(tmp_path / "a.json", json.dumps([row([TURNS[0][0], "A frog."], image="a.png")]))
-    dataset = data.open_dataset(rows, tmp_path, tiny)
+    dataset = open_dataset(rows, tmp_path, tiny)
     ours = data.Collator(dataset.image_token_id, 576)([dataset[0]])
-    prompt = theirs["input_ids"].shape[1]
-    assert (
-        ours["input_ids"][:, :prompt].equal(theirs["input_ids"])
-        and (ours["labels"][0, :prompt] == IGNORE).all()
-    )
-    assert (ours["pixel_values"] - theirs["pixel_values"]).abs().max() < 1e-5 and ours["labels"][
-        0, prompt
-    ] != IGNORE
+    processor = AutoProcessor.from_pretrained(tiny)
+    for parts in ([picture, question], [question, picture]):
+        theirs = processor.apply_chat_template(
+            [{"role": "user", "content": parts}],
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            add_generation_prompt=True,
+        )
+        prompt = theirs["input_ids"].shape[1]
+        assert ours["input_ids"][:, :prompt].equal(theirs["input_ids"])
+        assert (ours["labels"][0, :prompt] == IGNORE).all()
+        assert ours["labels"][0, prompt] != IGNORE
+        assert (ours["pixel_values"] - theirs["pixel_values"]).abs().max() < 1e-5
