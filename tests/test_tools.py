@@ -20,6 +20,7 @@ from conftest import (
     adapt,
     noise,
     okvqa_argv,
+    open_dataset,
     refused,
     row,
     saved,
@@ -32,7 +33,6 @@ from PIL import Image
 
 import data
 import lora
-import model as llava
 import okvqa
 from data import IGNORE, IMAGE
 from toy import COLOURS, ToyWorld, print_summary, shapes_of
@@ -124,13 +124,7 @@ def test_both_pictures_of_a_row_count_and_their_order(good, toy):
     folder, model = good
     rows = json.loads((toy / "train.json").read_text())
     i = next(i for i, r in enumerate(rows) if len(data.image_list(r)) == 2)
-    dataset = data.open_dataset(
-        toy / "train.json",
-        toy / "images",
-        folder,
-        llava.read_config(folder),
-        llava.open_tokenizer(folder),
-    )
+    dataset = open_dataset(toy / "train.json", toy / "images", folder)
     batch = data.Collator(dataset.image_token_id, 4)([dataset[i]])
     ids, labels, pixels = (batch[key] for key in ("input_ids", "labels", "pixel_values"))
     pictures = data.Pictures(toy / "images")
