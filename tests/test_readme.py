@@ -26,6 +26,7 @@ from conftest import (
     in_this_process,
     launched,
     messages_of,
+    open_dataset,
     parts,
     run,
     small_tokenizer,
@@ -211,7 +212,7 @@ def test_change_siglip_in_place_of_clip_is_a_flag_and_equals_transformers(
     assert len(unused) > 20 and all(torch.equal(saved[k], given[k]) for k in unused)
 
     reference, model = theirs(trained), llava.from_pretrained(trained).eval()
-    rows = data.open_dataset(world / "rows.json", world / "images", trained)
+    rows = open_dataset(world / "rows.json", world / "images", trained)
     batch = data.Collator(rows.image_token_id, model.tokens_per_picture)([rows[0], rows[2]])
     ids, pixels = batch["input_ids"], batch["pixel_values"]
     assert rows.tokens_per_picture == model.tokens_per_picture == 9 and pixels.shape[2:] == (42, 42)
@@ -337,7 +338,7 @@ def test_every_command_of_the_readme_runs(world, tmp_path, monkeypatch, capsys):
         "toy.py",
         "okvqa.py",
         "chat.py",
-        "data.py",
+        "check.py",
         "lora.py",
         "bench.py",
     }
