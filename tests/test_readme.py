@@ -343,7 +343,7 @@ def test_every_command_of_the_readme_runs(world, tmp_path, monkeypatch, capsys):
         "toy.py",
         "okvqa.py",
         "chat.py",
-        "data.py",
+        "check.py",
         "merge.py",
         "bench.py",
     }

@@ -14,11 +14,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ASKED, HERE, okvqa_argv, refused, theirs, write, write_vqa
+from conftest import ASKED, HERE, okvqa_argv, open_dataset, refused, theirs, write, write_vqa
 from PIL import Image
 
 import data
-import model as llava
 import okvqa
 from toy import COLOURS, ToyWorld, print_summary, shapes_of
 from toy import main as make_toy
@@ -109,13 +108,7 @@ def test_both_pictures_of_a_row_count_and_their_order(good, toy):
     folder, model = good
     rows = json.loads((toy / "train.json").read_text())
     i = next(i for i, r in enumerate(rows) if len(data.image_list(r)) == 2)
-    dataset = data.open_dataset(
-        toy / "train.json",
-        toy / "images",
-        folder,
-        llava.read_config(folder),
-        llava.open_tokenizer(folder),
-    )
+    dataset = open_dataset(toy / "train.json", toy / "images", folder)
     batch = data.Collator(dataset.image_token_id, 4)([dataset[i]])
     ids, labels, pixels = (batch[key] for key in ("input_ids", "labels", "pixel_values"))
     pictures = data.Pictures(toy / "images")
