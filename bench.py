@@ -13,7 +13,7 @@ so that no speed is bought with wrong numbers (dropout draws differently on the 
 
 Weights and rows are random, made on the spot. peak is the most memory that a process held (on a GPU
 the most that torch allocated there), rate the share of the device's rate in products of 4096 x 4096
-matrices in the run's dtype. What counts as work is said in train.py's `count_flops`.
+matrices in the run's dtype; `count_flops` says what counts as work.
 """
 
 import argparse
@@ -30,11 +30,15 @@ import time
 from pathlib import Path
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers.utils import logging as transformers_logging
 
+import cli
 import data
+import evaluate
 import lora
 import model as llava
+import report
 import train
 
 # Flags of train.py, and what of transformers' LLaVA trains where it is not an adapter.
@@ -149,8 +153,6 @@ def flags_of(job: dict) -> list[str]:
     if "use_lora" in flags:
         lora_flags = ["--adapter", str(Path(job["work"]) / "adapter")]
     more = ["--data_path", rows, "--output_dir", job["out"], "--max_steps", str(job["steps"])]
-    if not flags:
-        more = ["--eval_only", "--validation_data_path", rows, "--max_new_tokens", "16"]
     return [
         *flags,
         *lora_flags,
@@ -171,8 +173,6 @@ def flags_of(job: dict) -> list[str]:
         str(job["micro_batch"]),
         "--save_steps",
         "-1",
-        "--per_device_eval_batch_size",
-        str(job["micro_batch"]),
         "--model_max_length",
         "4096",
         "--gradient_checkpointing",
@@ -184,20 +184,80 @@ def flags_of(job: dict) -> list[str]:
     ]
 
 
+# --- the work in a step ---
+
+
+def count_weights(model) -> list[tuple]:
+    """(weights that multiply, those of them that train) of tower, projector, decoder and head."""
+    counts = []
+    for part in (
+        model.vision_tower,
+        model.multi_modal_projector,
+        model.language_model.base_model,
+        model.language_model.get_output_embeddings(),
+    ):
+        weights = [
+            w
+            for m in part.modules()
+            for w in m.parameters(recurse=False)
+            if lora.true_shape(w)[1:] and not isinstance(m, torch.nn.Embedding)
+        ]
+        counts.append((lora.count(weights), lora.count(w for w in weights if w.requires_grad)))
+    return counts
+
+
+def count_flops(model, weights: list[tuple], input_ids, pixel_values, labels) -> int:
+    """Floating-point operations of a training step on a batch; `weights`: of `count_weights`.
+
+    For each weight and token two in the forward pass, two where a gradient passes on, two where the
+    weight trains; attention's products likewise. What is recomputed, or never run, does not count.
+    """
+    (rows, width), pictures = input_ids.shape, len(pixel_values)
+    tower, decoder = model.vision_tower.vision_model.config, model.config.text_config
+    patches = model.vision_tower.vision_model.embeddings.num_positions  # with CLIP's CLS
+    supervised = (labels >= 0).sum().item()
+    parts = [  # tokens, operations of attention's two products (half of them if causal)
+        (
+            pictures * patches,
+            4 * pictures * patches**2 * tower.hidden_size * tower.num_hidden_layers,
+        ),
+        (pictures * model.tokens_per_picture, 0),
+        (rows * width, 2 * rows * width**2 * decoder.hidden_size * decoder.num_hidden_layers),
+        (supervised, 0),
+    ]
+    total, gradient = 0, False
+    for (count, training), (tokens, attention) in zip(weights, parts):
+        passing = 2 * tokens * count
+        gradient = gradient or training > 0
+        total += passing + attention + gradient * (passing + 2 * attention) + 2 * tokens * training
+    return total
+
+
 # --- the two sides ---
 
 
 def run_ours(job: dict) -> dict:
     """Seconds and losses of each step: of train.py itself, as anyone would start it."""
-    train.matmul_rate = lambda *_: 1.0  # so that `mfu` is in FLOP/s
-    assert train.main(flags_of(job)) == 0
+    load_model, flops = train.load_model, []
+
+    def load_and_count(*args):
+        model = load_model(*args)
+        weights = count_weights(model)
+        model.register_forward_pre_hook(
+            lambda _, batch: flops.append(count_flops(model, weights, *batch))
+        )
+        return model
+
+    train.load_model = load_and_count
+    status, train.load_model = train.main(flags_of(job)), load_model
+    assert status == 0
     lines = (Path(job["out"]) / "metrics.jsonl").read_text().splitlines()
     steps = [json.loads(line) for line in lines]
     rows = job["micro_batch"]
     return {
         "seconds": [rows / step["samples_per_s"] for step in steps],
         "tokens": [rows * step["tokens_per_s"] / step["samples_per_s"] for step in steps],
-        "flops": [rows * step["mfu"] / step["samples_per_s"] for step in steps],
+        "flops": flops,
         "losses": [step["loss"] for step in steps],
         "waiting": statistics.median(step["waiting"] for step in steps[1:] or steps),
     }
@@ -257,7 +317,8 @@ def run_peer(job: dict) -> dict:
 
     class SameBatches(Trainer):
         def get_train_dataloader(self):
-            return train.loader(rows, data.micro_batches(plan, 1, 1, 0), collate, args, device)
+            batches = data.micro_batches(plan, 1, 1, 0)
+            return data.loader(rows, batches, collate, job["workers"], device == "cuda")
 
     class Clock(TrainerCallback):
         def on_step_end(self, *_, **__):
@@ -292,44 +353,46 @@ def run_peer(job: dict) -> dict:
     }
 
 
-class PeerAnswers(torch.nn.Module):
-    """`generate` of transformers' LLaVA, called as `train.answer` calls ours."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def generate(self, input_ids, pixel_values, attention_mask, eos_token_id, **options):
-        new = self.model.generate(
-            input_ids=input_ids,
-            pixel_values=pixel_values,
-            attention_mask=attention_mask,
-            eos_token_id=eos_token_id,
-            pad_token_id=eos_token_id[0],
-            **options,
-        )
-        return new[:, input_ids.shape[1] :]
+def answers_of(model, batch: dict, text, ours: bool, device) -> list[str]:
+    """Greedy answers to the first question of each row: of our model, or of transformers'."""
+    starts = [(labels != data.IGNORE).nonzero()[0].item() for labels in batch["labels"]]
+    prompts = [ids[:start] for ids, start in zip(batch["input_ids"], starts)]
+    masks = [torch.ones_like(ids) for ids in prompts]
+    ids, mask = (
+        pad_sequence(rows, batch_first=True, padding_side="left").to(device)
+        for rows in (prompts, masks)
+    )
+    pixels, options = batch["pixel_values"].to(device), {"max_new_tokens": 16, "do_sample": False}
+    if ours:
+        new = model.generate(ids, pixels, mask, text.stop_ids, **options)
+    else:
+        options |= {"eos_token_id": text.stop_ids, "pad_token_id": text.stop_ids[0]}
+        new = model.generate(input_ids=ids, pixel_values=pixels, attention_mask=mask, **options)
+        new = new[:, ids.shape[1] :]
+    return text.tokenizer.batch_decode(new, skip_special_tokens=True)
 
 
 @torch.no_grad()
 def run_without_training(job: dict) -> dict:
-    """Seconds of each batch, and the loss over its rows or the greedy answers to its questions."""
+    """Seconds of each batch, and the loss over its rows or the answers to its questions."""
     ours, device = job["side"] == "ours", "cuda" if torch.cuda.is_available() else "cpu"
-    args, source = train.parse(flags_of(job)), Path(job["model"])
-    _, _, rows = train.open_rows(args, source)
-    model = train.load_model(args, source, device) if ours else open_peer(job).to(device)
-    model, asked = model.eval(), train.Questions(rows, len(rows))
-    collate = data.Collator(rows.image_token_id, rows.tokens_per_picture)
+    work, source, size = Path(job["work"]), Path(job["model"]), job["micro_batch"]
+    dataset = data.open_dataset(
+        work / f"{job['mix']}.json", work / "images", source, max_length=4096
+    )
+    if ours:
+        model = evaluate.open_model(source, dtype=DTYPES[job["dtype"]], device=device)
+    else:
+        model = open_peer(job).to(device)
+    model.eval()
+    collate = data.Collator(dataset.image_token_id, dataset.tokens_per_picture)
+    batches = [range(i, i + size) for i in range(0, len(dataset) - size + 1, size)]
+    loader = data.loader(dataset, batches, collate, job["workers"], device == "cuda")
     seconds, results = [], []
-    for batch in train.eval_batches(
-        asked if job["case"] == "generate" else rows, train.Alone(), args, collate, device
-    ):
+    for batch in itertools.islice(loader, job["steps"]):
         began = time.perf_counter()
         if job["case"] == "generate":
-            answers = train.answer(
-                model if ours else PeerAnswers(model), batch, asked, train.Alone(), args, device
-            )
-            results += [said["prediction"] for _, said in answers]
+            results += answers_of(model, batch, dataset.text, ours, device)
         elif ours:
             loss, _ = model(*train.to_device(batch, device))
             results.append((loss / (batch["labels"] >= 0).sum()).item())
@@ -337,8 +400,6 @@ def run_without_training(job: dict) -> dict:
             inputs = with_mask(lambda batch: batch)(batch)
             results.append(model(**{k: v.to(device) for k, v in inputs.items()}).loss.item())
         seconds.append(time.perf_counter() - began)
-        if len(seconds) == job["steps"]:
-            break
     return {"seconds": seconds, "losses": results}
 
 
@@ -368,7 +429,7 @@ def run_job(job: dict) -> dict:
     else:
         result = (run_ours if job["side"] == "ours" else run_peer)(job)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return result | {"peak_gib": train.peak_gib(device)}
+    return result | {"peak_gib": report.peak(device)["peak_gib"]}
 
 
 def best_rate(dtype, n: int) -> float:
@@ -515,7 +576,8 @@ def bench(args, work: Path) -> dict:
             found["runs"].append({"job": job, **run(job)})
             found["table"] = summarise(found["runs"], rate)
             if args.json:
-                train.replace_file(json.dumps(found, indent=1), Path(args.json))
+                with cli.written(args.json) as part:
+                    part.write_text(json.dumps(found, indent=1))
     print(f"{found['machine']}; {args.dtype}, {rate / 1e9:,.0f} GFLOP/s in products of matrices")
     show(found["table"])
     return found

@@ -33,6 +33,7 @@ import json
 import os
 import random
 import re
+import signal
 import shutil
 import struct
 import sys
@@ -639,8 +640,12 @@ class LlavaDataset(torch.utils.data.Dataset):
         messages, names = parse_record(self.records[i])
         ids, labels = self.text.ids_and_labels(messages)
         keep = self.fit(ids, labels)
-        pixels = [self.transform(decode_picture(self.pictures.read(name), name)) for name in names]
+        pixels = [self.picture(name) for name in names]
         return self.item(i, ids[:keep], labels[:keep], pixels, cut=len(ids) - keep)
+
+    def picture(self, name: str) -> np.ndarray:
+        """(3, S, S) float32: one of the pictures, as the tower gets it."""
+        return self.transform(decode_picture(self.pictures.read(name), name))
 
     def fit(self, ids: list[int], labels: list[int]) -> int:
         """How many ids fit into `max_length`. What is cut off is the end, wherever that falls, but
@@ -783,6 +788,26 @@ def micro_batches(steps: np.ndarray, accumulation: int, world: int, rank: int, s
     micro = steps.shape[1] // (accumulation * world)
     rows = steps[start:].reshape(-1, accumulation, world, micro)[:, :, rank]
     return rows.reshape(-1, micro).tolist()
+
+
+def ignore_signals(worker: int):
+    """A worker goes on when its whole group is asked to stop: the run wants its last window."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def loader(dataset, batches: list, collate, workers: int, pin_memory: bool):
+    """Batches, prepared by worker processes; forked ones share the rows with this one."""
+    return torch.utils.data.DataLoader(
+        dataset,
+        batch_sampler=batches,
+        collate_fn=collate,
+        num_workers=workers,
+        multiprocessing_context="fork" if workers else None,
+        worker_init_fn=ignore_signals,
+        generator=torch.Generator(),  # the default would draw from dropout's
+        pin_memory=pin_memory,
+    )
 
 
 # --- commands ---

@@ -144,23 +144,31 @@ class Llava(nn.Module):
         tower = self.vision_tower
         return tower.vision_model.embeddings.num_positions - tower.first
 
+    def features(self, pixel_values):
+        """(N, 3, S, S) > (N, P, D): what the language model is shown of N pictures; of one that is
+        blank where there are none.
+
+        For then too tower and projector run: under ZeRO-3 a process that calls a module waits until
+        all others call it, and every weight that trains must get a gradient, if only zero.
+        """
+        if not len(pixel_values):
+            vision = self.config.vision_config
+            pixel_values = pixel_values.new_zeros(1, 3, vision.image_size, vision.image_size)
+        dtype = next(self.multi_modal_projector.parameters()).dtype  # the tower's may be another
+        return self.multi_modal_projector(self.vision_tower(pixel_values).to(dtype))
+
     def embed(self, input_ids, pixel_values):
         """(B, T, D): the text's embeddings, with each picture's features over its placeholders.
 
-        A batch without a picture sends a blank one through tower and projector and discards the
-        result. Under ZeRO-3 a process that calls a module waits until all others call it too, and
-        would wait for ever; and every weight that trains must get a gradient, if only zero.
+        In place of pixel_values it takes their `features` (N, P, D), so that several questions
+        about a picture cost one look at it.
         """
         is_image = input_ids == self.config.image_token_id
         assert is_image.sum() == len(pixel_values) * self.tokens_per_picture, (
             f"{is_image.sum()} {IMAGE} ids for {len(pixel_values)} pictures of "
             f"{self.tokens_per_picture}"
         )
-        if not len(pixel_values):
-            vision = self.config.vision_config
-            pixel_values = pixel_values.new_zeros(1, 3, vision.image_size, vision.image_size)
-        dtype = next(self.multi_modal_projector.parameters()).dtype  # the tower's may be another
-        features = self.multi_modal_projector(self.vision_tower(pixel_values).to(dtype))
+        features = self.features(pixel_values) if pixel_values.dim() == 4 else pixel_values
         return merge(self.language_model.get_input_embeddings()(input_ids), features, is_image)
 
     def forward(self, input_ids, pixel_values, labels):

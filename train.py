@@ -8,7 +8,6 @@
     python train.py --model_name_or_path DIR --train_type projector --data_path F --image_folder DIR
                     --output_dir DIR
     deepspeed train.py --deepspeed ds_zero2.json (the same flags)
-    python train.py --model_name_or_path DIR --eval_only --validation_data_path F --image_folder DIR
 
 An optimizer step sees one window: the rows of a global batch, as `gradient_accumulation_steps`
 micro-batches on each of `world` processes. Its loss is
@@ -32,17 +31,12 @@ import datetime
 import functools
 import hashlib
 import importlib.util
-import json
 import math
 import multiprocessing
 import os
 import re
-import resource
-import secrets
-import shutil
 import signal
 import sys
-import textwrap
 import time
 import traceback
 from pathlib import Path
@@ -50,10 +44,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageDraw, ImageFont, ImageOps
 from safetensors import SafetensorError
-from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
@@ -61,7 +52,9 @@ import checkpoint
 import data
 import lora
 import model as llava
-from cli import BOOLEAN, Parser, number
+import report
+from cli import BOOLEAN, Parser, number, written
+from evaluate import OneProcess, evaluate, open_model, show
 
 # How the names of what trains whole begin, and the recipe of LLaVA-1.5: learning rate, rows of a
 # micro-batch, template. Its global batch is 256 rows in stage 1 and 128 in stage 2, on eight GPUs.
@@ -95,7 +88,7 @@ def load_model(args, source: Path, device: str, stage: int = 0):
     as_on_disk = stage == 3 and args.bits == 16 and not args.adapter
     if stage == 3 and args.bits == 16:
         device = "cpu"  # mapped from the file, until DeepSpeed takes this rank's share of it
-    model = llava.open_model(
+    model = open_model(
         source, args.adapter, args.bits, None if as_on_disk else dtype, device, storage
     )
     if args.train_type == "use_lora":
@@ -192,18 +185,6 @@ def set_learning_rates(optimizer, factor: float):
 
 
 # --- engines: plain torch or DeepSpeed, by the same calls ---
-
-
-class OneProcess:
-    """One process: the sums and lists of all ranks are its own."""
-
-    rank, world = 0, 1
-
-    def sum(self, *numbers):
-        return numbers
-
-    def gather(self, rows: list) -> list:
-        return rows
 
 
 def make_moments(adamw, weights):
@@ -426,183 +407,6 @@ def deepspeed_config(args) -> dict:
     return {**config, **flags, "zero_optimization": zero, "bf16": {"enabled": args.bf16}}
 
 
-# --- evaluation ---
-
-# What the VQA score takes for the same: contractions without one of their apostrophes, numbers.
-CONTRACTIONS = {
-    word[:i] + word[i + 1 :]: word
-    for word in """
-    ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't
-    haven't he'd he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am might've mightn't
-    mightn't've must've mustn't needn't not've o'clock oughtn't 'ow's'at shan't she'd've should've
-    shouldn't shouldn't've somebody'd somebody'd've somebody'll somebody's someone'd someone'd've
-    someone'll someone's something'd something'd've something'll that's there'd there'd've there're
-    there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll
-    what're what's what've when's where'd where's where've who'd who'd've who'll who's who've why'll
-    why're why's won't would've wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll
-    you're you've""".split()
-    for i, letter in enumerate(word)
-    if letter == "'"
-}
-ARTICLES = ("a", "an", "the")
-NUMBERS = {
-    word: str(i)
-    for i, word in enumerate("zero one two three four five six seven eight nine ten".split())
-} | {"none": "0"}
-
-
-def normalise(answer: str) -> str:
-    """An answer as the VQA score compares it: no case, articles, nor punctuation but ' and : and
-    decimal points (github.com/GT-Vision-Lab/VQA, vqaEval.py).
-    """
-    text = kept = " ".join(answer.split())
-    for mark in ';/[]"{}()=+\\_-><@`,?!':
-        loose = f"{mark} " in text or f" {mark}" in text or re.search(r"\d,\d", text)
-        kept = kept.replace(mark, "" if loose else " ")
-    words = [NUMBERS.get(word, word) for word in re.sub(r"\.(?!\d)", "", kept).lower().split()]
-    return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
-
-
-def vqa_accuracy(prediction: str, answers: list[str]) -> float:
-    """How far people agree: min(1, matches / 3), averaged over the sets that leave one of their
-    answers (ten in VQA) out.
-    """
-    same = [normalise(answer) == normalise(prediction) for answer in answers]
-    return sum(min(1, (sum(same) - one) / 3) for one in same) / len(same)
-
-
-class Questions(Dataset):
-    """Each answer in the first `count` rows as a question: its item is what stands before it."""
-
-    def __init__(self, rows: data.LlavaDataset, count: int):
-        self.rows, self.asked = rows, []
-        for i in range(count):
-            try:
-                turns, _ = data.parse_record(rows.records[i])
-            except ValueError:  # counted, or raised, with the losses already
-                continue
-            answers = sum(turn["role"] == "assistant" for turn in turns)
-            self.asked += [(i, k) for k in range(answers)]
-
-    def __len__(self) -> int:
-        return len(self.asked)
-
-    def __getitem__(self, j: int) -> dict:
-        if j < 0:
-            return self.rows[-1]
-        i, k = self.asked[j]
-        item = self.rows[i]
-        supervised = item["labels"] != data.IGNORE
-        starts = (supervised & ~supervised.roll(1)).nonzero().flatten().tolist()
-        if k >= len(starts):  # cut off by --model_max_length
-            return self.rows[-1]
-        ids = item["input_ids"][: starts[k]]
-        pictures = item["pixel_values"][: (ids == self.rows.image_token_id).sum()]
-        return {**item, "input_ids": ids, "labels": ids, "pixel_values": pictures, "row": j}
-
-    def expected(self, j: int) -> dict:
-        """{row, id, question, answer}; kind too where the row has `kinds`, one for each question,
-        and answers where it has `answers`, of many people to its only question.
-        """
-        i, k = self.asked[j]
-        row = self.rows.records[i]
-        turns, _ = data.parse_record(row)
-        at = [n for n, turn in enumerate(turns) if turn["role"] == "assistant"]
-        kinds, answers = strings(row, "kinds"), strings(row, "answers")
-        more = {"kind": kinds[k]} if len(kinds) == len(at) else {}
-        if len(at) == 1 and len(answers) > 3:  # of fewer, three others could never agree
-            more["answers"] = answers
-        return {
-            "row": i,
-            "id": row.get("id"),
-            "question": turns[at[k] - 1]["content"],
-            "answer": turns[at[k]]["content"].strip(),
-            **more,
-        }
-
-
-def strings(row: dict, key: str) -> list[str]:
-    """The list of strings under an optional key; anything else there is not what ours means."""
-    found = row.get(key)
-    return found if isinstance(found, list) and all(isinstance(x, str) for x in found) else []
-
-
-def eval_batches(dataset, engine, args, collate, device):
-    """This rank's batches; rows of weight 0 fill up, so that all ranks have equally many."""
-    share = args.per_device_eval_batch_size * engine.world
-    rows = np.pad(np.arange(len(dataset)), (0, -len(dataset) % share), constant_values=-1)
-    batches = data.micro_batches(rows.reshape(-1, share), 1, engine.world, engine.rank)
-    return loader(dataset, batches, collate, args, device)
-
-
-@torch.no_grad()
-def evaluate(model, dataset, engine, collate, args, device, step=0) -> tuple[dict, list[dict]]:
-    """Token-weighted loss and accuracy over all rows, and greedy answers to the questions of the
-    first `eval_samples`: ({name: figure}, [{row, id, question, answer, prediction, right}]); the
-    same on any number of processes. `step` is the one that the model is at.
-
-    An answer is asked for with the true turns before it as its context, as in training.
-    """
-    model.eval()
-    sums, faults = np.zeros(3), []  # loss, tokens predicted right, tokens
-    for batch in eval_batches(dataset, engine, args, collate, device):
-        faults += batch["faults"]  # why rows could not be used
-        loss, right = model(*to_device(batch, device))
-        sums += loss.item(), right.item(), (batch["labels"] >= 0).sum().item()
-    handle_faults(faults, args)
-    loss, right, tokens = engine.sum(*sums.tolist())
-    if not tokens or not math.isfinite(loss):
-        raise ValueError(
-            f"{dataset.records.path}: "
-            + (f"the loss on its rows is {loss}" if tokens else "none of its rows can be used")
-        )
-    metrics = {"step": step, "eval_loss": loss / tokens, "eval_token_accuracy": right / tokens}
-    count = len(dataset) if args.eval_samples < 0 else min(args.eval_samples, len(dataset))
-    questions = Questions(dataset, count)
-    answers = []
-    for batch in eval_batches(questions, engine, args, collate, device):
-        answers += answer(model, batch, questions, engine, args, device)
-    answers = [a for _, a in sorted(engine.gather(answers), key=lambda pair: pair[0])]
-    scores = {}
-    for a in answers:
-        scores.setdefault("eval_exact_match", []).append(a["right"])
-        if "kind" in a:
-            scores.setdefault(f"eval_exact_match/{a['kind']}", []).append(a["right"])
-        if "vqa_accuracy" in a:
-            scores.setdefault("eval_vqa_accuracy", []).append(a["vqa_accuracy"])
-    means = {name: sum(some) / len(some) for name, some in sorted(scores.items())}
-    return metrics | means, answers
-
-
-def answer(model, batch: dict, questions: Questions, engine, args, device) -> list[tuple]:
-    """Greedy answers to a batch of questions, with their numbers: [(j, {id, question, ...})]."""
-    prompts = [ids[:n] for ids, n in zip(batch["input_ids"], batch["lengths"])]
-    ids, mask = (
-        pad_sequence(rows, batch_first=True, padding_side="left").to(device)
-        for rows in (prompts, [torch.ones_like(ids) for ids in prompts])
-    )
-    text = questions.rows.text
-    new = model.generate(
-        ids,
-        batch["pixel_values"].to(device),
-        mask,
-        max_new_tokens=args.max_new_tokens,
-        eos_token_id=text.stop_ids,
-        do_sample=False,
-        synced_gpus=engine.world > 1,
-    )
-    answers = []
-    for j, words in zip(batch["rows"], text.tokenizer.batch_decode(new, skip_special_tokens=True)):
-        if j >= 0:
-            words = (words.split("\n")[0] if text.version == "plain" else words).strip()
-            said = {**questions.expected(j), "prediction": words}
-            said["right"] = words == said["answer"]
-            if "answers" in said:
-                said["vqa_accuracy"] = vqa_accuracy(words, said.pop("answers"))
-            answers.append((j, said))
-    return answers
-
-
 # --- a run on disk ---
 
 # Flags that may differ between a run and its continuation: where things go and how often, and what
@@ -659,429 +463,6 @@ def hash_of(path: str) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def save_result(write, state: dict, out: Path):
-    """Has write(state, folder) make a folder beside `out`, and renames it."""
-    part = out.with_name(out.name + ".new")
-    shutil.rmtree(part, ignore_errors=True)  # of a run that died while it saved
-    write(state, part)
-    replace_folder(part, out)
-
-
-def replace_folder(part: Path, out: Path):
-    """Renames `part`, written whole, to `out`, whose earlier content goes away."""
-    gone = out.with_name(out.name + ".old")
-    shutil.rmtree(gone, ignore_errors=True)
-    if out.exists():
-        out.rename(gone)
-    part.rename(out)  # at once: deleting the old one takes its time
-    shutil.rmtree(gone, ignore_errors=True)
-
-
-def replace_file(content: str | Image.Image, path: Path):
-    """Writes a text or a picture whole, or leaves the file as it was."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(content) if isinstance(content, str) else content.save(part, "PNG")
-    part.replace(path)
-
-
-# --- what people see ---
-
-
-def describe(
-    model, args, steps_per_epoch: int, total_steps: int, rows: int, world: int, held: dict
-):
-    """Prints what trains, the batch arithmetic, and what memory of a process follows from both."""
-    print(f"{'module':<24}{'parameters':>16}{'trainable':>16}  dtype")
-    for name, part in model.named_children():
-        count = lora.count(part.parameters())
-        trainable = lora.count(p for p in part.parameters() if p.requires_grad)
-        dtype = str(next(part.parameters()).dtype).removeprefix("torch.")
-        print(f"{name:<24}{count:>16,}{trainable:>16,}  {dtype}")
-    micro, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
-    print(
-        f"batch: {micro} rows x {accumulation} accumulated x {world} processes = "
-        f"{micro * accumulation * world} rows a step"
-    )
-    print(f"steps: {rows:,} rows, {steps_per_epoch:,} steps an epoch, {total_steps:,} in all")
-    print(
-        "memory: " + ", ".join(f"{what} {size / 2**20:,.1f} MiB" for what, size in held.items()),
-        flush=True,
-    )
-
-
-def bytes_held(model, args, world: int, stage: int) -> dict:
-    """What a process holds between steps, by arithmetic, {what: bytes}.
-
-    ZeRO partitions among `world` processes: stage 2 what the optimizer needs, 3 the weights too.
-    """
-    weights = sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in model.parameters())
-    training = lora.count(p for p in model.parameters() if p.requires_grad)
-    training /= world if stage >= 2 else 1
-    weights /= world if stage == 3 else 1
-    masters = args.bf16 or stage > 0  # DeepSpeed has fp32 masters of fp32 weights too
-    return {
-        "weights": weights,
-        "masters": 4 * training * masters,
-        "gradients": 4 * training,
-        "moments": 8 * training,
-    }
-
-
-def count_weights(model) -> list[tuple]:
-    """(weights that multiply, those of them that train) of tower, projector, decoder and head."""
-    counts = []
-    for part in (
-        model.vision_tower,
-        model.multi_modal_projector,
-        model.language_model.base_model,
-        model.language_model.get_output_embeddings(),
-    ):
-        weights = [
-            w
-            for m in part.modules()
-            for w in m.parameters(recurse=False)
-            if lora.true_shape(w)[1:] and not isinstance(m, torch.nn.Embedding)
-        ]
-        counts.append((lora.count(weights), lora.count(w for w in weights if w.requires_grad)))
-    return counts
-
-
-def count_flops(model, weights: list[tuple], batch: dict) -> int:
-    """Floating-point operations of a training step on a batch; `weights`: of `count_weights`.
-
-    For each weight and token two in the forward pass, two where a gradient passes on, two where the
-    weight trains; attention's products likewise. What is recomputed, or never run, does not count.
-    """
-    (rows, width), pictures = batch["input_ids"].shape, len(batch["pixel_values"])
-    tower, decoder = model.vision_tower.vision_model.config, model.config.text_config
-    patches = model.vision_tower.vision_model.embeddings.num_positions  # with CLIP's CLS
-    supervised = (batch["labels"] >= 0).sum().item()
-    parts = [  # tokens, operations of attention's two products (half of them if causal)
-        (
-            pictures * patches,
-            4 * pictures * patches**2 * tower.hidden_size * tower.num_hidden_layers,
-        ),
-        (pictures * model.tokens_per_picture, 0),
-        (rows * width, 2 * rows * width**2 * decoder.hidden_size * decoder.num_hidden_layers),
-        (supervised, 0),
-    ]
-    total, gradient = 0, False
-    for (count, training), (tokens, attention) in zip(weights, parts):
-        passing = 2 * tokens * count
-        gradient = gradient or training > 0
-        total += passing + attention + gradient * (passing + 2 * attention) + 2 * tokens * training
-    return total
-
-
-def matmul_rate(device: str, dtype) -> float:
-    """The device's best rate in products of square matrices, in FLOP/s: what MFU is a share of.
-
-    Ten products are timed at once, so that a GPU's start and wait hardly count.
-    """
-    n, seconds = 4096 if device == "cuda" else 512, []
-    own = torch.Generator(device)  # the default would draw from dropout's
-    a = torch.randn(n, n, generator=own, device=device, dtype=dtype)
-    for _ in range(3):
-        began = time.perf_counter()
-        for _ in range(10):
-            a @ a
-        torch.get_device_module(device).synchronize()
-        seconds.append(time.perf_counter() - began)
-    return 20 * n**3 / min(seconds)
-
-
-def peak_gib(device: str) -> float:
-    """The most memory held so far: on the GPU where there is one, else by this process."""
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-class Progress(tqdm):
-    """One line that moves in a terminal, whole lines in a log file; either has 80 columns."""
-
-    def __init__(self, total: int, done: int, rank: int):
-        super().__init__(
-            total=total,
-            initial=done,
-            dynamic_ncols=True,
-            disable=rank > 0 or not sys.stderr.isatty(),
-            bar_format="{n_fmt}/{total_fmt} {remaining} {desc}",
-        )
-
-    def show(self, m: dict, log: bool):
-        speed, peak = (f"{x:.{int(x < 10)}f}" for x in (m["tokens_per_s"] / 1000, m["peak_gib"]))
-        text = (
-            f"loss {m['loss']:.3f} lr{m['lr']:.0e} {speed}k/s "
-            f"sup{m['supervised']:.0%} pad{m['padded']:.0%} wait{m['waiting']:.0%} "
-            f"mfu{m['mfu']:.0%} {peak}G"
-        )
-        self.set_description_str(text, refresh=False)
-        self.update()
-        if log and self.disable:
-            print(f"{m['step']}/{self.total} {text}", flush=True)
-
-
-def visible(text: str, lacks=lambda character: False) -> str:
-    """A text with escapes for control characters and the like, and for what a font `lacks`."""
-    return "".join(
-        c
-        if c.isspace() or c.isprintable() and not lacks(c)
-        else c.encode("unicode_escape").decode()
-        for c in text
-    )
-
-
-def headline(m: dict) -> str:
-    """The figures of an evaluation in a line, but for those of single kinds of questions."""
-    shares = [
-        f"{name.removeprefix('eval_').replace('_', ' ')} {value:.1%}"
-        for name, value in m.items()
-        if name not in ("step", "eval_loss") and "/" not in name
-    ]
-    return ", ".join([f"step {m['step']}: validation loss {m['eval_loss']:.4f}", *shares])
-
-
-def report(m: dict, answers: list[dict]):
-    """Prints an evaluation: its figures, and a few questions with what was said and expected."""
-    texts = [headline(m)]
-    if kinds := [f"{name.split('/')[1]} {value:.1%}" for name, value in m.items() if "/" in name]:
-        texts.append(", ".join(kinds))
-    for a in answers[:: max(1, len(answers) // 4)][:4]:
-        question, expected, said = (
-            textwrap.shorten(visible(a[key].replace(data.IMAGE, "")), 80, placeholder="...")
-            for key in ("question", "answer", "prediction")
-        )
-        texts.append(f"{question} > {said}" + ("" if a["right"] else f" (not {expected})"))
-    for k, text in enumerate(texts):
-        tqdm.write(textwrap.fill(text, 80, initial_indent="  " * (k > 0), subsequent_indent="    "))
-
-
-# samples.png and curves.png: right and wrong, and the lines, differ in more than colour.
-INK, GREY, MAT, GOOD, BAD, BLUE = "#1a1a1a", "#606060", "#c4c8cc", "#00795c", "#c44601", "#0b62a4"
-LOSSES = {
-    "loss": ("training", BLUE, 0),  # a line's name, its colour, the corners of its marks
-    "eval_loss": ("validation", BAD, 24),
-}
-ACCURACIES = {
-    "token_accuracy": ("training tokens", BLUE, 0),
-    "eval_token_accuracy": ("validation tokens", BAD, 24),
-    "eval_exact_match": ("exact match", GOOD, 4),
-    "eval_vqa_accuracy": ("VQA", INK, 3),
-}
-LADDER = [k * 10.0**e for e in range(-3, 9) for k in (1, 2, 5)]  # where ticks may stand
-
-
-def wrap(text: str, font, width: int, most: int) -> list[str]:
-    """At most `most` lines of `width` pixels; what the font cannot show is written as escapes."""
-    lacking, lines = bytes(font.getmask("\uffff")), [""]
-    for word in visible(text, lambda c: bytes(font.getmask(c)) == lacking).split():
-        for piece in [word] if font.getlength(word) <= width else word:  # or letter by letter
-            longer = lines[-1] + " " * (piece == word) + piece if lines[-1] else piece
-            if font.getlength(longer) <= width:
-                lines[-1] = longer
-            else:
-                lines.append(piece)
-    return lines if len(lines) <= most else [*lines[: most - 1], lines[most - 1][:-3] + "..."]
-
-
-def draw_samples(answers: list[dict], rows: data.LlavaDataset, title: str) -> Image.Image:
-    """A sheet of up to twelve questions with their pictures, what was expected and predicted."""
-    shown = [answers[i * len(answers) // 12] for i in range(12)] if len(answers) > 12 else answers
-    sheet, y = Image.new("RGB", (1632, 3200), "white"), 96
-    ImageDraw.Draw(sheet).text((48, 24), title, INK, ImageFont.load_default(26))
-    for k in range(0, len(shown), 3):
-        y = 48 + max(
-            draw_card(sheet, 48 + 528 * i, y, a, rows) for i, a in enumerate(shown[k : k + 3])
-        )
-    return sheet.crop((0, 0, sheet.width, y))
-
-
-def draw_card(sheet, x: int, y: int, a: dict, rows: data.LlavaDataset) -> int:
-    """One question, 480 pixels wide, below its first eight pictures; returns where it ends.
-
-    An answer with a VQA score above zero counts as right.
-    """
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(26)
-    names = data.image_list(rows.records[a["row"]])[:8]
-    pen.rectangle((x, y, x + 479, y + 319), MAT)
-    for k, name in enumerate(names):
-        picture, width = data.decode_picture(rows.pictures.read(name), name), 480 // len(names)
-        picture = ImageOps.pad(picture, (width - 8, 312), color=MAT)
-        sheet.paste(picture, (x + k * width + 4, y + 4))
-    if not names:
-        pen.text((x + 240, y + 160), "no picture", INK, font, "mm")
-    y += 328
-    right = a.get("vqa_accuracy", a["right"]) > 0
-    for text, colour in (
-        (a["question"].replace(data.IMAGE, " "), INK),
-        (f"expected: {a['answer']}", GREY),
-        (f"{'right' if right else 'wrong'}: {a['prediction']}", GOOD if right else BAD),
-    ):
-        lines = wrap(text, font, 480, 3)
-        pen.multiline_text((x, y), "\n".join(lines), colour, font, spacing=8)
-        y += 34 * len(lines)
-    return y
-
-
-def draw_curves(metrics: list[dict]) -> Image.Image:
-    """Losses, on a log scale, and accuracies over steps; an upright line where the loss is best."""
-    sheet = Image.new("RGB", (1760, 620), "white")
-    values = [m[key] for m in metrics for key in LOSSES if key in m]
-    low = max(n for n in LADDER if n <= max(min(values), LADDER[0]))
-    high = min(n for n in LADDER if n > max(low, *values))
-
-    def log_scale(loss):
-        return math.log(max(loss, low) / low) / math.log(high / low)
-
-    ticks = {n: f"{n:g}" for n in LADDER if low <= n <= high}
-    draw_panel(sheet, 100, "loss (log scale)", metrics, LOSSES, ticks, log_scale)
-    ticks = {n / 100: f"{n}%" for n in range(0, 101, 20)}
-    draw_panel(sheet, 970, "accuracy", metrics, ACCURACIES, ticks, float)
-    return sheet
-
-
-def draw_panel(sheet, left: int, title: str, metrics: list[dict], lines: dict, ticks: dict, scale):
-    """Axes, legend and lines of some figures, 740 x 400 pixels; ticks {value: label}, and `scale`
-    makes of a value its share of the height.
-    """
-    pen, font, last = ImageDraw.Draw(sheet), ImageFont.load_default(24), metrics[-1]["step"] or 1
-
-    def at(step, value):
-        return left + 740 * step / last, 530 - 400 * scale(value)
-
-    pen.text((left, 20), title, INK, font)
-    for value, label in ticks.items():
-        pen.line([at(0, value), at(last, value)], "#dddddd", 2)
-        pen.text((left - 12, at(0, value)[1]), label, INK, font, "rm")
-    for step in range(0, last + 1, int(next(n for n in LADDER if n >= max(1, last / 6)))):
-        pen.text((at(step, 1)[0], 542), f"{step:,}", INK, font, "ma")
-    pen.text((left + 370, 580), "step", INK, font, "ma")
-    best = min((m["eval_loss"], m["step"]) for m in metrics if "eval_loss" in m)[1]
-    pen.line([at(best, value) for value in ticks], GREY, 2)
-    pen.text((left + 740, 20), f"best loss at step {best:,} (upright line)", GREY, font, "ra")
-    x = left
-    for key, (name, colour, corners) in lines.items():
-        if found := [(m["step"], m[key]) for m in metrics if key in m]:
-            share = 1 if corners else len(found) // 120 + 1  # training's are many, and noisy: means
-            groups = [np.mean(found[k : k + share], axis=0) for k in range(0, len(found), share)]
-            for points in [at(*group) for group in groups], [(x + 6, 78), (x + 26, 78)]:
-                pen.line(points, colour, 3)
-                for point in points if corners else ():
-                    pen.regular_polygon((*point, 8), corners, fill=colour)
-            pen.text((x + 40, 64), name, INK, font)
-            x += 60 + font.getlength(name)
-
-
-def open_reporter(args, run_id: str, step: int, out: Path):
-    """A function (figures, answers, sheet) that shows these in TensorBoard, in Weights & Biases or
-    nowhere, for a run that resumes from `step`.
-    """
-    if args.report_to == "tensorboard":
-        from torch.utils.tensorboard import SummaryWriter
-
-        writer = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1)
-
-        def tell(m, answers, sheet):
-            for name, value in m.items():
-                writer.add_scalar(name, value, m["step"])
-            if sheet:
-                writer.add_text(
-                    "answers",
-                    "\n\n".join(
-                        f"{a['question']} > {a['prediction']} ({a['answer']})" for a in answers
-                    ),
-                    m["step"],
-                )
-                writer.add_image("samples", np.asarray(sheet), m["step"], dataformats="HWC")
-            writer.flush()
-    elif args.report_to == "wandb":
-        import wandb
-
-        try:
-            run = wandb.init(
-                project="llava",
-                name=out.name,
-                dir=out,
-                id=run_id,
-                resume="allow",
-                config=vars(args),
-            )
-        except wandb.Error as error:
-            raise ValueError(
-                f"--report_to wandb: {llava.one_line(error)} (WANDB_MODE=offline needs no account)"
-            ) from None
-        columns = ["id", "question", "answer", "prediction", "right"]
-
-        def tell(m, answers, sheet):
-            if sheet:
-                rows = [[str(a[key]) for key in columns] for a in answers]
-                m = {**m, "answers": wandb.Table(columns, rows), "samples": wandb.Image(sheet)}
-            run.log(m, step=m["step"])
-    else:
-
-        def tell(*_):
-            pass
-
-    return tell
-
-
-def append(path: Path, *rows: dict):
-    # Half a surrogate pair is no UTF-8; so written, it is JSON's escape for it.
-    with open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-
-
-def whole_lines(path: Path) -> list[str]:
-    """Split at "\n" alone: answers may hold other ends of lines. The last may be cut short."""
-    return path.read_text().split("\n")[:-1] if path.exists() else []
-
-
-def open_log(args, run_id: str, step: int, out: Path):
-    """Begins the folder of a run, or takes back the lines after `step`, from which it resumes.
-
-    Returns log(m, answers, rows), which shows a step's figures, or an evaluation's with its answers
-    to questions on `rows`, to all who look: files, pictures, --report_to.
-    """
-    out.mkdir(parents=True, exist_ok=True)
-    for path in (out / "metrics.jsonl", out / "predictions.jsonl"):
-        kept = [line + "\n" for line in whole_lines(path) if json.loads(line)["step"] <= step]
-        replace_file("".join(kept), path)
-    tell = open_reporter(args, run_id, step, out)
-
-    def show(m, answers=(), rows=None):
-        sheet = None
-        append(out / "metrics.jsonl", m)
-        if rows:
-            append(out / "predictions.jsonl", *({"step": m["step"], **a} for a in answers))
-            sheet = draw_samples(answers, rows, headline(m))
-            replace_file(sheet, out / "samples.png")
-            metrics = [json.loads(line) for line in whole_lines(out / "metrics.jsonl")]
-            replace_file(draw_curves(metrics), out / "curves.png")
-        tell(m, answers, sheet)
-
-    return show
-
-
-def summarize(args, progress: dict, total_steps: int, source: Path):
-    """Prints what was reached, where it lies, and what to do with it."""
-    out, step, losses = args.output_dir, progress["step"], dict(progress["evaluations"])
-    early = f" of {total_steps}: {since_best(progress)} evaluations without a better loss"
-    print(f"done after step {step}{early if step < total_steps else ''}: {out}/final")
-    best = min(losses, key=losses.get, default=step)
-    if losses and Path(out, "best").is_dir():
-        (first, *_, last), lowest = losses.values(), losses[best]
-        print(
-            f"best at step {best}: validation loss {lowest:.4f}, {first - lowest:.4f} below the "
-            f"first and {last - lowest:.4f} below the last:\n  {out}/best"
-        )
-    folder = f"{out}/{'best' if best < step and Path(out, 'best').is_dir() else 'final'}"
-    folder = f"{source} --adapter {folder}" if args.train_type == "use_lora" else folder
-    print(f"  python model.py chat --model_name_or_path {folder} --image FILE")
-    if args.train_type == "use_lora":
-        print(f"  python lora.py merge --model_name_or_path {folder} --out {out}/merged")
-
-
 # --- the loop ---
 
 
@@ -1109,52 +490,9 @@ class FirstWindow:
             hook.remove()
 
 
-class Trial:
-    """--dry_run: the heaviest step twice, and a few more as they come; nothing is written."""
-
-    def __init__(self, plan, lengths, total_steps: int, device: str):
-        size = np.where(plan < 0, 0, lengths[plan]).sum(axis=1)  # tokens of each step, about
-        tried = [0, *range(min(5, len(plan)))]
-        self.plan, self.size, self.total_steps = plan[tried], size[tried], total_steps
-        self.total, self.seconds = size.mean() * total_steps, []
-        self.device, self.before = device, peak_gib(device)
-
-    def report(self, held: dict) -> str:
-        seconds = sum(self.seconds[1:]) / self.size[1:].sum() * self.total  # the first one warms up
-        training = held["gradients"] / 2**30
-        peak = peak_gib(self.device)
-        return (
-            f"dry run: peak {peak:.2f} GiB, of it {self.before:.2f} before the first step, "
-            f"{training:.2f} gradients, {peak - self.before - training:.2f} "
-            f"activations and logits; {self.total_steps:,} steps take "
-            f"{datetime.timedelta(seconds=math.ceil(seconds))}, evaluations not counted"
-        )
-
-
 def to_device(batch: dict, device) -> tuple:
     return tuple(
         batch[key].to(device, non_blocking=True) for key in ("input_ids", "pixel_values", "labels")
-    )
-
-
-def ignore_signals(worker: int):
-    """A worker goes on when its whole group is asked to stop: the run wants its last window."""
-    for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
-        signal.signal(getattr(signal, name), signal.SIG_IGN)
-
-
-def loader(dataset, batches: list, collate, args, device) -> DataLoader:
-    """Batches, prepared by worker processes; forked ones share the rows with this one."""
-    workers = args.dataloader_num_workers
-    return DataLoader(
-        dataset,
-        batch_sampler=batches,
-        collate_fn=collate,
-        num_workers=workers,
-        multiprocessing_context="fork" if workers else None,
-        worker_init_fn=ignore_signals,
-        generator=torch.Generator(),  # the default would draw from dropout's
-        pin_memory=device == "cuda",
     )
 
 
@@ -1234,25 +572,10 @@ def open_rows(args, source: Path):
     return text, *sets
 
 
-def evaluate_only(args) -> int:
-    """Evaluates a model, or a model and an adapter; writes figures to `output_dir`, if given."""
-    out, source = args.output_dir and Path(args.output_dir), llava.resolve(args.model_name_or_path)
-    if out and out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"--output_dir {out}: not empty; name a new folder")
-    _, _, rows = open_rows(args, source)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = load_model(args, source, device)
-    collate = data.Collator(model.config.image_token_id, model.tokens_per_picture)
-    metrics, answers = evaluate(model, rows, OneProcess(), collate, args, device)
-    report(metrics, answers)
-    if out:
-        open_log(args, secrets.token_hex(8), -1, out)(metrics, answers, rows)
-    return 0
-
-
-def train(args, source: Path, config: dict | None, signals: list) -> int:
+def train(args, source: Path, config: dict | None, signals: list, at_end) -> int:
     """Trains, or resumes, with DeepSpeed's `config` or alone; 0 when it is done, 3 when it
     was asked to stop: by `signals`, which fills as they come, or by a file `stop` in `output_dir`.
+    What is to be closed however the run ends goes to the ExitStack `at_end`.
     """
     torch.manual_seed(args.seed)
     device, out = "cuda" if torch.cuda.is_available() else "cpu", Path(args.output_dir)
@@ -1287,15 +610,19 @@ def train(args, source: Path, config: dict | None, signals: list) -> int:
     # At the step after the last one of warm-up the rate is above zero: there is such a step.
     warmup_steps = min(math.ceil(args.warmup_ratio * total_steps), total_steps - 1)
     eval_steps = args.eval_steps if args.eval_steps > 0 else steps_per_epoch
-    held = bytes_held(model, args, engine.world, stage)
-    describe(model, args, steps_per_epoch, total_steps, len(rows), engine.world, held)
-    trial = Trial(steps_of(0), rows.lengths, total_steps, device) if args.dry_run else None
+    masters = args.bf16 or stage > 0  # DeepSpeed has fp32 masters of fp32 weights too
+    held = report.memory(model, lora.count, engine.world, stage, masters)
+    report.show_modules(model, lora.count)
+    micro = args.per_device_train_batch_size
+    report.show_batches(micro, accumulation, engine.world, len(rows), steps_per_epoch, total_steps)
+    report.show_memory(held, args.offload)
+    trial = report.Trial(steps_of(0), rows.lengths, total_steps) if args.dry_run else None
     if trial:
         steps_of, eval_set = lambda epoch: trial.plan, None
         total_steps = steps_per_epoch = len(trial.plan)
 
     # The run begins, or is resumed.
-    progress, log, stop_file = None, lambda *_: None, out / "stop"
+    progress, stop_file = None, out / "stop"
     if engine.rank == 0 and not trial:
         locked = checkpoint.begin(out, run_id, same)  # noqa: F841  open, and so locked, until the end
         stop_file.unlink(missing_ok=True)  # an earlier run's
@@ -1310,11 +637,12 @@ def train(args, source: Path, config: dict | None, signals: list) -> int:
         "cut": 0,
         "evaluations": [],
     }  # step and loss of each
+    log = report.Silent()
     if engine.rank == 0 and not trial:
-        log = open_log(args, run_id, progress["step"] if resumed else -1, out)
+        log = report.Log(out, run_id, progress["step"] if resumed else -1, vars(args))
+        at_end.callback(log.close)
     write = functools.partial(write_result, model, args, text, source)
-    bar = Progress(total_steps, progress["step"], engine.rank)
-    rate, weights = matmul_rate(device, next(model.parameters()).dtype), count_weights(model)
+    bar = report.Progress(total_steps, progress["step"], engine.rank)
     first_window, stopping = FirstWindow(model), False
     training_mode(model)
 
@@ -1325,16 +653,31 @@ def train(args, source: Path, config: dict | None, signals: list) -> int:
             micro = data.micro_batches(
                 steps_of(epoch), accumulation, engine.world, engine.rank, start
             )
-            batches = iter(loader(train_set, micro, collate, args, device))
+            batches = iter(
+                data.loader(
+                    train_set, micro, collate, args.dataloader_num_workers, device == "cuda"
+                )
+            )
             yield from zip(*[batches] * accumulation)  # as many at a time
             epoch, start = epoch + 1, 0
 
     def validate():
         metrics, answers = evaluate(
-            model, eval_set, engine, collate, args, device, progress["step"]
+            model,
+            eval_set,
+            engine,
+            collate,
+            batch_size=args.per_device_eval_batch_size,
+            eval_samples=args.eval_samples,
+            max_new_tokens=args.max_new_tokens,
+            workers=args.dataloader_num_workers,
+            on_bad_record=args.on_bad_record,
+            device=device,
+            step=progress["step"],
         )
-        report(metrics, answers)
-        log(metrics, answers, eval_set)
+        show(metrics, answers)
+        seen = eval_set.records, eval_set.pictures
+        log.evaluation(metrics, answers, *seen)
         progress["evaluations"].append([progress["step"], metrics["eval_loss"]])
         if since_best(progress) == 0:
             save("best")
@@ -1347,7 +690,8 @@ def train(args, source: Path, config: dict | None, signals: list) -> int:
     def save(name):
         state = engine.state(frozen=args.train_type != "use_lora")  # on every rank: it gathers
         if engine.rank == 0:
-            save_result(write, state, out / name)
+            with written(out / name) as folder:
+                write(state, folder)
 
     def add_adapter(folder):
         state = engine.state(frozen=False)  # on every rank: it gathers
@@ -1401,13 +745,12 @@ def train(args, source: Path, config: dict | None, signals: list) -> int:
             "supervised": supervised / tokens,
             "padded": 1 - tokens / padded,
             "waiting": waited / seconds,
-            "mfu": sum(count_flops(model, weights, batch) for batch in window) / seconds / rate,
-            "peak_gib": peak_gib(device),
+            **report.peak(device),
         }
         to_log = step % args.logging_steps == 0 or step == total_steps
         bar.show(metrics, to_log)
         if to_log:
-            log(metrics)
+            log.step(metrics)
         if trial:
             trial.seconds.append(seconds)
         if eval_set and (step % eval_steps == 0 or step == total_steps):
@@ -1430,15 +773,15 @@ def train(args, source: Path, config: dict | None, signals: list) -> int:
     bar.close()
     if not over():
         print(
-            f"stopped after step {progress['step']} of {total_steps}: resume with "
-            "--resume_from_checkpoint latest"
+            f"stopped after step {progress['step']} of {total_steps}: the same command goes on, "
+            "train.py's with --resume_from_checkpoint latest"
         )
         return 3
     if trial:
-        print(trial.report(held))
+        trial.show(device)
         return 0
     save("final")
-    summarize(args, progress, total_steps, source)
+    report.last_words(vars(args), progress["step"], total_steps, progress["evaluations"])
     return 0
 
 
@@ -1482,7 +825,7 @@ def parse(argv) -> argparse.Namespace:
     # what trains, and how
     add("--train_type", choices=list(TRAIN_TYPES), help="what trains")
     add("--bits", type=int, choices=[16, 4], default=16, help="4: the decoder in nf4 (QLoRA)")
-    add("--adapter", help="an adapter to evaluate, or to train on from")
+    add("--adapter", help="an adapter to train on from")
     add("--lora_r", type=number(int, 1, 2**16), help="rank of a new adapter")
     add("--lora_alpha", type=number(float, 1e-6, 1e6), help="its output counts alpha / r times")
     add("--lora_dropout", type=number(float, 0, 0.99), help="share of its inputs that is dropped")
@@ -1511,9 +854,8 @@ def parse(argv) -> argparse.Namespace:
         default=min(4, len(os.sched_getaffinity(0))),
     )
     # evaluation, saving, logging
-    add("--eval_only", **flag, default=False, help="evaluate, and train nothing")
     add("--dry_run", **flag, default=False, help="measure memory and time, and write nothing")
-    add("--per_device_eval_batch_size", type=count, default=16, help="rows of a batch")
+    add("--per_device_eval_batch_size", type=count, help="rows; default: as in training")
     add(
         "--eval_steps",
         type=count_or_off,
@@ -1571,6 +913,7 @@ def parse(argv) -> argparse.Namespace:
         "gradient_checkpointing": args.train_type != "projector",
         **({} if args.adapter else NEW_ADAPTER),
     }
+    defaults["per_device_eval_batch_size"] = args.per_device_train_batch_size or micro
     for name, default in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, default)
@@ -1585,9 +928,7 @@ def is_installed(package: str) -> bool:
 
 def contradictions(args) -> list[tuple]:
     """(whether it is so, what to say of it) of flags that are missing or do not go together."""
-    needed = (
-        ["validation_data_path"] if args.eval_only else ["data_path", "output_dir", "train_type"]
-    )
+    needed = ["data_path", "output_dir", "train_type"]
     reports, whole = args.report_to != "none", args.train_type not in (None, "use_lora")
     return [
         *((not getattr(args, name), f"--{name} is needed") for name in needed),
@@ -1617,22 +958,12 @@ def contradictions(args) -> list[tuple]:
             args.offload != "none" and not args.deepspeed,
             f"--offload {args.offload} needs --deepspeed ds_zero2.json, or ds_zero3.json",
         ),
-        (
-            args.eval_only and (args.dry_run or args.resume_from_checkpoint),
-            "--eval_only trains nothing: leave --dry_run and --resume_from_checkpoint out",
-        ),
-        (
-            args.eval_only and args.deepspeed,
-            "--eval_only is for one process: leave --deepspeed out",
-        ),
     ]
 
 
 def less_memory(args) -> str:
     """The next flag to try where a run does not fit: those that cost nothing, or least, first."""
     rows, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
-    if args.eval_only:
-        return f"try --per_device_eval_batch_size {max(1, args.per_device_eval_batch_size // 2)}"
     if rows > 1:
         fewer = rows // 2 if rows % 2 == 0 else 1
         return (
@@ -1707,15 +1038,17 @@ def main(argv=None) -> int:
     args = parse(argv)
     transformers_logging.set_verbosity_error()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    signals, handlers = [], {}
+    signals = []
     try:
         # Before the processes meet: one may download for longer than the others would wait.
         source = llava.resolve(args.model_name_or_path)
         config = deepspeed_config(args) if args.deepspeed else None
         start_processes(args)
-        for number in () if args.eval_only else (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            handlers[number] = signal.signal(number, lambda number, _: signals.append(number))
-        status = evaluate_only(args) if args.eval_only else train(args, source, config, signals)
+        with contextlib.ExitStack() as at_end:
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+                handler = signal.signal(number, lambda number, _: signals.append(number))
+                at_end.callback(signal.signal, number, handler)
+            status = train(args, source, config, signals, at_end)
         if dist.is_initialized():  # a rank that fails must not: NCCL would wait for the others
             dist.destroy_process_group()
         return status
@@ -1733,9 +1066,6 @@ def main(argv=None) -> int:
         else:
             raise
         return 2
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
 
 
 def program_of(pid: int) -> bytes:

@@ -52,6 +52,7 @@ from transformers import (
 )
 
 import bench
+import evaluate
 import lora
 import model as llava
 import train
@@ -589,6 +590,15 @@ def world(tmp_path_factory):
     return root
 
 
+def words_of(flags):
+    return [
+        word
+        for key, value in flags.items()
+        if value is not None
+        for word in (f"--{key}", str(value))
+    ]
+
+
 def argv_of(world, out, **flags):
     flags = {
         "model_name_or_path": world / "llava",
@@ -604,12 +614,24 @@ def argv_of(world, out, **flags):
         "max_new_tokens": 4,
         "dataloader_num_workers": 0,
     } | flags
-    return [
-        word
-        for key, value in flags.items()
-        if value is not None
-        for word in (f"--{key}", str(value))
-    ]
+    return words_of(flags)
+
+
+def evaluated(world, out, **flags):
+    """Evaluates through main(argv); as `run`."""
+    flags = {
+        "model_name_or_path": world / "llava",
+        "validation_data_path": world / "rows.json",
+        "image_folder": world / "images",
+        "output_dir": out,
+        "bf16": False,
+        "max_new_tokens": 4,
+        "dataloader_num_workers": 0,
+    } | flags
+    output, error = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(error):
+        status = evaluate.main(words_of(flags))
+    return status, output.getvalue(), error.getvalue()
 
 
 def run(world, out, **flags):

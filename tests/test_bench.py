@@ -5,23 +5,20 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import LORA, in_this_process, metrics_of, run
+from conftest import LORA, evaluated, in_this_process, metrics_of, run
 from transformers import LlavaForConditionalGeneration
 
 import bench
 import data
+import evaluate
 import lora
 import model as llava
-import train
 
 
 def test_flops_are_those_of_the_closed_form(world):
     model = llava.from_pretrained(world / "llava")
-    batch = {
-        "input_ids": torch.zeros(2, 30),
-        "pixel_values": torch.zeros(3, 3, 28, 28),
-        "labels": torch.where(torch.arange(30) < 20, -100, 1).expand(2, 30),
-    }
+    labels = torch.where(torch.arange(30) < 20, -100, 1).expand(2, 30)
+    batch = torch.zeros(2, 30), torch.zeros(3, 3, 28, 28), labels
     D, F, V, L, T, N, P = 32, 48, model.config.text_config.vocab_size, 2, 60, 3, 5
     decoder = (
         2 * T * L * (2 * D * D + 2 * D * D // 2 + 3 * D * F)
@@ -32,10 +29,10 @@ def test_flops_are_those_of_the_closed_form(world):
     for p in model.parameters():
         p.requires_grad_(False)
     forward = tower + projector + decoder + head + sum(attention)
-    assert train.count_flops(model, train.count_weights(model), batch) == forward
+    assert bench.count_flops(model, bench.count_weights(model), *batch) == forward
     model.multi_modal_projector.requires_grad_(True)
     assert (
-        train.count_flops(model, train.count_weights(model), batch)
+        bench.count_flops(model, bench.count_weights(model), *batch)
         == forward + 2 * projector + decoder + head + 2 * attention[1]
     )
 
@@ -73,7 +70,7 @@ def test_a_trained_adapter_is_the_same_model_in_peft_and_merged(world, tmp_path,
         tmp_path / "m", dtype=torch.float32
     ).eval()
     b = data.Collator(merged.config.image_token_id, 4)([rows[i] for i in range(12)])
-    ours = llava.open_model(world / "llava", adapter, bits, torch.float32, "cpu").eval()
+    ours = evaluate.open_model(world / "llava", adapter, bits, torch.float32, "cpu").eval()
     with torch.no_grad():
         loss = ours(b["input_ids"], b["pixel_values"], b["labels"])[0] / (b["labels"] >= 0).sum()
         inputs = {key: b[key] for key in ("input_ids", "pixel_values", "labels")}
@@ -86,16 +83,7 @@ def test_a_trained_adapter_is_the_same_model_in_peft_and_merged(world, tmp_path,
             theirs = PeftModel.from_pretrained(base, adapter).eval()(**inputs).logits
             assert (theirs - logits).abs().max() < 1e-4 and theirs.abs().max() > 1
     last = [m["eval_loss"] for m in metrics_of(tmp_path / "a") if "eval_loss" in m][-1]
-    status, output, _ = run(
-        world,
-        None,
-        train_type=None,
-        data_path=None,
-        eval_only=True,
-        bits=bits,
-        adapter=adapter,
-        validation_data_path=world / "rows.json",
-    )
+    _, output, _ = evaluated(world, None, bits=bits, adapter=adapter)
     assert f"loss {last:.4f}" in output
 
 

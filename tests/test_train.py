@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -260,9 +259,6 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_its_records(world, tm
         and "id r" in error
         and not (tmp_path / "a" / "final").exists()
     )
-    flags = {"eval_only": True, "train_type": None, "validation_data_path": world / "rows.json"}
-    status, _, error = run(world, None, model_name_or_path=tmp_path / "nan", **flags)
-    assert status == 2 and error.endswith("rows.json: the loss on its rows is nan\n")
 
 
 def test_a_weight_that_should_train_and_gets_no_gradient_stops_the_run(
@@ -301,7 +297,6 @@ def test_a_weight_that_should_train_and_gets_no_gradient_stops_the_run(
         (dict(output_dir="BLOCKED"), "thesis.tex"),
         (dict(deepspeed="no.json"), "no.json"),
         (dict(resume_from_checkpoint="nowhere"), "no run there"),
-        (dict(eval_only=True, validation_data_path="rows.json", output_dir="OTHER"), "not empty"),
         (dict(per_device_train_batch_size=0), "is not from 1"),
         (dict(learning_rate="nan"), "is not from 0"),
         (dict(num_train_epochs=-1), "is not from"),
@@ -432,48 +427,6 @@ def test_deepspeed_files_leave_the_batch_to_the_flags(tmp_path):
             )
 
 
-def test_a_dry_run_measures_the_heaviest_step_and_writes_nothing(world, tmp_path):
-    out = tmp_path / "run"
-    status, printed, _ = run(
-        world, out, dry_run=True, max_steps=100, validation_data_path=world / "rows.json"
-    )
-    assert status == 0 and not out.exists()
-    line = printed.splitlines()[-1]
-    assert re.fullmatch(
-        r"dry run: peak [\d.]+ GiB, of it [\d.]+ before .*; 100 steps take \d+:\d\d:\d\d, .*", line
-    )
-    lengths = np.array([10, 20, 30, 40])
-    trial = train.Trial(np.array([[2, 3], [0, 1]]), lengths, 50, "cpu")
-    assert trial.plan.tolist() == [[2, 3], [2, 3], [0, 1]]
-    trial.seconds = [99, 7, 3]  # 0.1 seconds a token, and 50 tokens a step on average
-    said = trial.report({"gradients": 3 * 2**30, "moments": 2 * 2**30})
-    assert "50 steps take 0:04:10" in said and "3.00 gradients, " in said
-
-
-@pytest.mark.long
-def test_a_dry_run_is_right_within_15_percent(tmp_path):
-    """Peak and total time against those of the run itself, each in its own process."""
-    llava.build_tiny(tmp_path / "model", data.toy_words(200))
-    data.toy(tmp_path / "toy", 240, 0)
-    argv = [
-        sys.executable,
-        HERE / "train.py",
-        "--model_name_or_path",
-        tmp_path / "model",
-        "--train_type",
-        "full",
-    ]
-    argv += ["--data_path", tmp_path / "toy/train.json", "--image_folder", tmp_path / "toy/images"]
-    argv += ["--output_dir", tmp_path / "run", "--per_device_train_batch_size", "8"]
-    said = subprocess.run([*argv, "--dry_run"], capture_output=True, text=True, check=True).stdout
-    peak, takes = re.search(r"peak ([\d.]+) GiB.* take ([\d:]+),", said).groups()
-    seconds = sum(int(part) * 60**i for i, part in enumerate(reversed(takes.split(":"))))
-    subprocess.run(argv, check=True, capture_output=True)
-    lines = metrics_of(tmp_path / "run")
-    assert float(peak) == pytest.approx(lines[-1]["peak_gib"], rel=0.15)
-    assert seconds == pytest.approx(sum(8 / line["samples_per_s"] for line in lines), rel=0.15)
-
-
 @pytest.mark.parametrize("gpu", [False, True])
 def test_out_of_memory_is_one_line_with_the_next_flag_to_try(world, tmp_path, monkeypatch, gpu):
     def forward(*_):
@@ -495,16 +448,6 @@ def test_out_of_memory_is_one_line_with_the_next_flag_to_try(world, tmp_path, mo
             ),
             ({"per_device_train_batch_size": 1, "train_type": "use_lora"}, "try --bits 4"),
             ({"per_device_train_batch_size": 1}, "ds_zero3.json"),
-            (
-                {
-                    "data_path": None,
-                    "train_type": None,
-                    "output_dir": None,
-                    "validation_data_path": world / "rows.json",
-                    "eval_only": True,
-                },
-                "--per_device_eval_batch_size 8",
-            ),
         ]
     ):
         status, _, error = run(world, tmp_path / str(n), **flags)

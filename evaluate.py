@@ -1,0 +1,456 @@
+"""How good a LLaVA is: the loss on rows that it has not learnt from, its answers, the VQA score.
+
+    rows of a batch  > input_ids, labels (B, T)   > loss of each label, share predicted right
+    their pictures   > vision tower, projector    (N, P, D), once for the loss and all questions
+    each answer      > what stands before it (t,) > generate > prediction, beside the row's answer
+
+A question is asked with the true turns before it as its context, as in training. A prediction is
+right if it equals the row's answer, or what the labels of that answer decode to (tokenizers may
+normalise). What a template puts in front of every answer, as an empty <think> block, is part of
+neither; under `plain` first lines are compared.
+
+Two keys of a row are for evaluation only: `kinds`, a name for each of its questions, gives each
+kind figures of its own; `answers`, ten people's to its only question, gives the VQA score.
+
+    python evaluate.py --model_name_or_path DIR [--adapter DIR] --validation_data_path F
+                       --image_folder DIR [--output_dir DIR]
+
+    model = open_model(folder)
+    text = data.ChatText(llava.open_tokenizer(folder))
+    dataset = data.open_dataset(rows, images, folder, on_bad_record="skip", text=text)
+    collate = data.Collator(model.config.image_token_id, model.tokens_per_picture)
+    options = dict(eval_samples=-1, max_new_tokens=64, workers=0, on_bad_record="stop")
+    metrics, answers = evaluate(
+        model, dataset, OneProcess(), collate, batch_size=16, device="cpu", **options)
+
+Source: the VQA score is that of github.com/GT-Vision-Lab/VQA, vqaEval.py, to the letter.
+"""
+
+import contextlib
+import copy
+import dataclasses
+import functools
+import json
+import math
+import os
+import re
+import sys
+import textwrap
+import unicodedata
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+
+import cli
+import data
+import lora
+import model as llava
+
+
+def open_model(
+    folder, adapter=None, bits=16, dtype=None, device="cpu", quant_storage=torch.uint8
+) -> llava.Llava:
+    """The model of a folder, with its decoder in 4 bits and with an adapter, where asked for."""
+    options = {"device": device, "quant_storage": quant_storage, "target_modules": llava.DECODER}
+    quantize = functools.partial(lora.quantize, compute_dtype=dtype or torch.float32, **options)
+    model = llava.from_pretrained(folder, dtype, device, quantize if bits == 4 else None)
+    if adapter:
+        lora.load(model, adapter, folder, llava.transformers_name)
+    return model
+
+
+class OneProcess:
+    """What an evaluation asks of an engine; of one process, whose numbers are all there are."""
+
+    rank, world = 0, 1
+
+    def sum(self, *numbers):
+        """Each number, added up over all processes."""
+        return numbers
+
+    def gather(self, items: list) -> list:
+        """The lists of all processes, as one."""
+        return items
+
+
+# --- the VQA score ---
+
+# An apostrophe that is missing in one of these is put back. `somebody'd` loses its own: a slip in
+# the official table, which published scores have in them.
+CONTRACTED = """
+    ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't
+    haven't he'd he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am might've mightn't
+    mightn't've must've mustn't needn't not've o'clock oughtn't 'ow's'at shan't she'd've should've
+    shouldn't shouldn't've somebody'd've somebody'll somebody's someone'd someone'd've someone'll
+    someone's something'd something'd've something'll that's there'd there'd've there're there's
+    they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll what're
+    what's what've when's where'd where's where've who'd who'd've who'll who's who've why'll why're
+    why's won't would've wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're
+    you've"""
+CONTRACTIONS = {"somebody'd": "somebodyd"}
+for whole in CONTRACTED.split():
+    for apostrophe in re.finditer("'", whole):
+        CONTRACTIONS[whole[: apostrophe.start()] + whole[apostrophe.end() :]] = whole
+NUMBERS = {"none": "0", "zero": "0", "one": "1", "two": "2", "three": "3", "four": "4"}
+NUMBERS |= {"five": "5", "six": "6", "seven": "7", "eight": "8", "nine": "9", "ten": "10"}
+
+
+def normalise(answer: str) -> str:
+    """An answer without case, articles, and punctuation other than ' and : and decimal points."""
+    text = answer
+    for mark in ';/[]"{}()=+\\_-><@`,?!':
+        loose = f"{mark} " in answer or f" {mark}" in answer or re.search("[0-9],[0-9]", answer)
+        text = text.replace(mark, "" if loose else " ")
+    text = re.sub(r"\.(?![0-9])", "", text, count=32)  # officially a flag stands where a count does
+    words = [NUMBERS.get(word, word) for word in text.lower().split()]
+    return " ".join(CONTRACTIONS.get(w, w) for w in words if w not in ("a", "an", "the"))
+
+
+def vqa_accuracy(prediction: str, answers: list[str]) -> float:
+    """How far people agree: min(1, matches / 3), averaged over the sets that leave one of their
+    `answers` (ten in VQA) out. Where all wrote the same, the official score normalises nothing.
+    """
+    texts = [re.sub("[\n\t]", " ", text).strip() for text in (prediction, *answers)]
+    if len(set(texts[1:])) > 1:
+        texts = [normalise(text) for text in texts]
+    same = [text == texts[0] for text in texts[1:]]
+    return sum(min(1, (sum(same) - one) / 3) for one in same) / len(same)
+
+
+# --- questions and answers ---
+
+
+@dataclasses.dataclass
+class Question:
+    """An answer of a row, to be asked for."""
+
+    place: tuple  # row, and which of its answers
+    ids: torch.Tensor  # (t,) what stands before the answer
+    features: torch.Tensor  # (n, P, D) of the pictures in there
+    right: list  # a prediction that is one of these is right
+    people: list  # what ten people answered, or nothing
+    shown: dict  # {row, id, question, answer}, and kind where the row names it
+
+
+class Judge:
+    """Compares answers, without what the template of `text` puts in front of each."""
+
+    def __init__(self, text: data.ChatText):
+        self.text, self.added = text, ""
+        question = {"role": "user", "content": f"{data.IMAGE}\n?"}
+        _, labels = text.ids_and_labels([question, {"role": "assistant", "content": "7"}])
+        self.added = self.decode([i for i in labels if i != data.IGNORE]).rpartition("7")[0]
+
+    def decode(self, ids) -> str:
+        return self.compared(self.text.tokenizer.decode(ids, skip_special_tokens=True))
+
+    def compared(self, answer: str) -> str:
+        answer = answer.split("\n")[0] if self.text.version == "plain" else answer
+        answer = answer.strip().removeprefix(self.added.strip()).strip()
+        return unicodedata.normalize("NFC", answer)  # an accent is part of its letter
+
+    def judge(self, question: Question, ids: list[int]) -> dict:
+        """{row, id, question, answer, prediction, right}, and what else there is to say."""
+        prediction = self.decode(ids)
+        told = {**question.shown, "prediction": prediction, "right": prediction in question.right}
+        if not set(ids) & set(self.text.stop_ids):
+            told["cut"] = True  # by --max_new_tokens
+        if question.people:
+            told["vqa_accuracy"] = vqa_accuracy(prediction, question.people)
+        return told
+
+
+def strings(record: dict, key: str) -> list[str]:
+    """The list of strings under an optional key; anything else there is not meant for us."""
+    found = record.get(key)
+    return found if isinstance(found, list) and all(isinstance(x, str) for x in found) else []
+
+
+def questions_of(dataset, judge: Judge, row: int, ids, labels, features):
+    """Yields the questions of a row; ids, labels (T,), and features (n, P, D), are the row's."""
+    record = dataset.records[row]
+    turns, _ = data.parse_record(record)
+    at = [n for n, turn in enumerate(turns) if turn["role"] == "assistant"]
+    kinds, people = strings(record, "kinds"), strings(record, "answers")
+    if len(at) > 1 or len(people) < 4:  # of fewer, three others could never agree
+        people = []
+    supervised = (labels != data.IGNORE).int()
+    edges = torch.nn.functional.pad(supervised, (1, 1)).diff().nonzero().view(-1, 2)
+    for k, (start, end) in enumerate(edges.tolist()):  # as many as --model_max_length has left
+        question, answer = turns[at[k] - 1]["content"], turns[at[k]]["content"].strip()
+        shown = {"row": row, "id": record.get("id"), "question": question, "answer": answer}
+        if len(kinds) == len(at):
+            shown["kind"] = kinds[k]
+        right = [judge.compared(answer), judge.decode(labels[start:end])]
+        pictures = (ids[:start] == dataset.image_token_id).sum() // dataset.tokens_per_picture
+        yield Question((row, k), ids[:start], features[:pictures], right, people, shown)
+
+
+class Asker:
+    """Asks the questions of the first `rows` rows, `size` at a time.
+
+    Under ZeRO-3 a process that generates waits until all others do: those that have nothing to ask
+    take part in each call.
+    """
+
+    def __init__(self, model, dataset, engine, rows: int, size: int, max_new_tokens: int):
+        self.model, self.dataset, self.engine = model, dataset, engine
+        self.rows, self.size, self.max_new_tokens = rows, size, max_new_tokens
+        self.judge, self.waiting, self.answers = Judge(dataset.text), [], []
+
+    def take(self, batch: dict, features: tuple):
+        """The questions of a batch, whose pictures have these features."""
+        for row, *tensors in zip(batch["rows"], batch["input_ids"], batch["labels"], features):
+            if 0 <= row < self.rows:
+                self.waiting += questions_of(self.dataset, self.judge, row, *tensors)
+        self.nothing = Question((-1, 0), torch.tensor([0]), features[0][:0], [], [], {})
+        self.ask(self.size)
+
+    def ask(self, least: int):
+        """Until no process has `least` questions waiting."""
+        while max(self.engine.gather([len(self.waiting)])) >= least:
+            asked = self.waiting[: self.size] or [self.nothing]
+            del self.waiting[: self.size]
+            for question, ids in zip(asked, self.generate(asked)):
+                if question is not self.nothing:
+                    self.answers.append((question.place, self.judge.judge(question, ids)))
+
+    def generate(self, questions: list[Question]) -> list[list[int]]:
+        """The new ids of each, greedily. Prompts are padded on the left, with a mask."""
+        features = torch.cat([question.features for question in questions])
+        prompts = [question.ids.to(features.device) for question in questions]
+        masks = [torch.ones_like(ids) for ids in prompts]
+        new = self.model.generate(
+            pad_sequence(prompts, batch_first=True, padding_side="left"),
+            features,
+            pad_sequence(masks, batch_first=True, padding_side="left"),
+            self.dataset.text.stop_ids,
+            max_new_tokens=self.max_new_tokens,
+            do_sample=False,
+            synced_gpus=self.engine.world > 1,
+        )
+        return new.tolist()
+
+
+# --- the evaluation ---
+
+
+def plan(dataset, size: int, engine) -> list[list[int]]:
+    """This process's batches of at most `size` rows; rows about the same pictures share one.
+
+    All processes have equally many batches: row -1 is empty.
+    """
+    groups, batches = {}, [[]]
+    for row in range(len(dataset)):
+        try:
+            _, names = data.parse_record(dataset.records[row])
+        except ValueError:  # which is said when it is loaded
+            names = []
+        groups.setdefault(tuple(names) or row, []).append(row)
+    for rows in groups.values():
+        for start in range(0, len(rows), size):
+            some = rows[start : start + size]
+            if len(batches[-1]) + len(some) > size:
+                batches.append([])
+            batches[-1] += some
+    batches += [[-1]] * (-len(batches) % engine.world)
+    return batches[engine.rank :: engine.world]
+
+
+def look(model, dataset, batch: dict, device) -> tuple:
+    """The features (n, P, D) of each row's pictures; a picture goes through the tower once."""
+    is_image = batch["input_ids"] == dataset.image_token_id
+    counts = (is_image.sum(1) // dataset.tokens_per_picture).tolist()
+    names = []
+    for row, count in zip(batch["rows"], counts):
+        if count:  # neither empty nor skipped
+            names += data.parse_record(dataset.records[row])[1]
+    distinct = list(dict.fromkeys(names))
+    pixel_values = batch["pixel_values"][[names.index(name) for name in distinct]]
+    features = model.features(pixel_values.to(device))
+    return features[[distinct.index(name) for name in names]].split(counts)
+
+
+def use_or_stop(faults: list[str], on_bad_record: str):
+    """Raises ValueError for a row that could not be used, or says that it is skipped."""
+    for fault in faults:
+        if on_bad_record == "stop":
+            advice = "`python data.py check` lists all such rows, --on_bad_record skip passes over"
+            raise ValueError(f"{fault} ({advice})")
+        tqdm.write(f"skipped: {fault}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def advice_where_memory_ends(batch_size: int):
+    try:
+        yield
+    except RuntimeError as error:
+        if not re.search("out of memory|can't allocate memory", str(error)):
+            raise
+        fewer = f"--per_device_eval_batch_size {max(1, batch_size // 2)}"
+        raise ValueError(f"out of memory in an evaluation: try {fewer}") from None
+
+
+def means(answers: list[dict]) -> dict:
+    """{eval_exact_match, eval_vqa_accuracy}, and of each kind, as eval_exact_match/colour."""
+    scores = {}
+    for told in answers:
+        for name, key in (("eval_exact_match", "right"), ("eval_vqa_accuracy", "vqa_accuracy")):
+            if key in told:
+                scores.setdefault(name, []).append(told[key])
+            if key in told and "kind" in told:
+                scores.setdefault(f"{name}/{told['kind']}", []).append(told[key])
+    return {name: sum(found) / len(found) for name, found in sorted(scores.items())}
+
+
+@torch.no_grad()
+def evaluate(
+    model,
+    dataset,
+    engine,
+    collate,
+    *,
+    batch_size,
+    eval_samples,
+    max_new_tokens,
+    workers,
+    on_bad_record,
+    device,
+    step=0,
+) -> tuple[dict, list[dict]]:
+    """({name: figure}, [{row, id, question, answer, prediction, right}]): loss and token accuracy
+    over all rows, and greedy answers to the questions of the first `eval_samples` (-1: of all);
+    the same on any number of processes. `step` is the one that the model is at.
+
+    The dataset's own on_bad_record is "skip". Raises ValueError for the first bad row where this
+    one is "stop", and where no row can be used or the loss is not finite.
+    """
+    model.eval()
+    dataset, rows = copy.copy(dataset), len(dataset) if eval_samples < 0 else eval_samples
+    dataset.picture = functools.lru_cache(batch_size)(dataset.picture)  # a batch's, in each worker
+    asker = Asker(model, dataset, engine, rows, batch_size, max_new_tokens)
+    batches, sums = plan(dataset, batch_size, engine), np.zeros(3)  # loss, right, tokens
+    with advice_where_memory_ends(batch_size):
+        for batch in data.loader(dataset, batches, collate, workers, device == "cuda"):
+            use_or_stop(batch["faults"], on_bad_record)
+            features, labels = look(model, dataset, batch, device), batch["labels"].to(device)
+            loss, right = model(batch["input_ids"].to(device), torch.cat(features), labels)
+            sums += loss.item(), right.item(), (labels >= 0).sum().item()
+            asker.take(batch, features)
+        asker.ask(1)
+    loss, right, tokens = engine.sum(*sums.tolist())
+    if not tokens or not math.isfinite(loss):
+        fault = f"the loss on its rows is {loss}" if tokens else "none of its rows can be used"
+        raise ValueError(f"{dataset.records.path}: {fault}")
+    answers = [told for _, told in sorted(engine.gather(asker.answers), key=lambda pair: pair[0])]
+    metrics = {"step": step, "eval_loss": loss / tokens, "eval_token_accuracy": right / tokens}
+    return metrics | means(answers), answers
+
+
+def shares(metrics: dict, kind: str = "") -> str:
+    """The figures that are shares, of all questions or of one kind of them, as text."""
+    names = [f"eval_{name}{kind}" for name in ("token_accuracy", "exact_match", "vqa_accuracy")]
+    found = {name: metrics[name] for name in names if name in metrics}
+    return ", ".join(
+        f"{name.removeprefix('eval_').removesuffix(kind).replace('_', ' ')} {share:.1%}"
+        for name, share in found.items()
+    )
+
+
+def printable(text: str) -> str:
+    """On one line, of at most 80 characters, none of which moves a terminal's cursor."""
+    text = "".join(c if c.isprintable() else " " for c in text.replace(data.IMAGE, ""))
+    return textwrap.shorten(text, 80, placeholder="...")
+
+
+def show(metrics: dict, answers: list[dict]):
+    """Prints an evaluation: its figures, a line for each kind of question, and a few answers."""
+    loss = f"step {metrics['step']}: validation loss {metrics['eval_loss']:.4f}"
+    lines, kinds = [f"{loss}, {shares(metrics)}"], [told.get("kind") for told in answers]
+    for kind in sorted(set(kinds) - {None}):
+        lines.append(f"{kind:<12} {kinds.count(kind):>6,} questions: {shares(metrics, '/' + kind)}")
+    for told in answers[:: max(1, len(answers) // 4)][:4]:
+        line = f"{printable(told['question'])} > {printable(told['prediction'])}"
+        line += " (cut)" if "cut" in told else ""
+        lines.append(line if told["right"] else f"{line} (not {printable(told['answer'])})")
+    for n, line in enumerate(lines):
+        indent = "  " if n else ""
+        tqdm.write(textwrap.fill(line, 80, initial_indent=indent, subsequent_indent="    "))
+
+
+# --- the command ---
+
+
+def parse(argv):
+    parser = cli.Parser(description=__doc__.splitlines()[0])
+    add, count = parser.add_argument_group("model").add_argument, cli.number(int, 1)
+    gpu, cores = torch.cuda.is_available(), os.cpu_count() or 1
+    add("--model_name_or_path", required=True, help="a LLaVA folder, or hub id")
+    add("--adapter", help="an adapter that was trained on it")
+    add("--bits", type=int, choices=[16, 4], default=16, help="4: the decoder in nf4")
+    add("--bf16", **cli.BOOLEAN, default=gpu, help="or else fp32; default: where there is a GPU")
+    add = parser.add_argument_group("data").add_argument
+    add("--validation_data_path", required=True, help="rows, .json or .jsonl")
+    add("--image_folder", help="a folder of pictures, or a .zip, read in place")
+    add("--version", choices=data.VERSIONS, default="own", help="template; own: the folder's")
+    add("--image_aspect_ratio", choices=["pad", "square"], help="default: as the model's folder")
+    add("--model_max_length", type=count, default=2048, help="tokens of a row, with its pictures'")
+    add("--on_bad_record", choices=["stop", "skip"], default="stop", help="rows that do not work")
+    add(
+        "--dataloader_num_workers", type=cli.number(int, 0), default=min(4, cores), help="processes"
+    )
+    add = parser.add_argument_group("evaluation").add_argument
+    add("--eval_samples", type=cli.number(int, -1), default=-1, help="rows to ask about; -1: all")
+    add("--max_new_tokens", type=count, default=64, help="tokens of an answer")
+    add("--per_device_eval_batch_size", type=count, default=16, help="rows of a batch")
+    add("--output_dir", help="a new folder for metrics.jsonl and predictions.jsonl")
+    return parser.parse_args(argv)
+
+
+def write(folder: Path, flags: dict, metrics: dict, answers: list[dict]):
+    """What report.py reads, as of a run."""
+    folder.mkdir(parents=True)
+    (folder / "run.json").write_text(json.dumps({"args": flags}, indent=2))
+    rows = {"metrics.jsonl": [metrics], "predictions.jsonl": [{"step": 0, **a} for a in answers]}
+    for name, some in rows.items():
+        # Half a surrogate pair is no UTF-8; so written, it is JSON's escape for it.
+        with open(folder / name, "w", encoding="utf-8", errors="backslashreplace") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in some)
+
+
+@cli.command
+def main(argv=None):
+    args = parse(argv)
+    if args.output_dir:
+        cli.check_new(args.output_dir)
+    folder = llava.resolve(args.model_name_or_path)
+    text = data.ChatText(llava.open_tokenizer(folder, args.adapter), args.version)
+    rows, options = (args.validation_data_path, args.image_folder), {"text": text}
+    options |= {"aspect_ratio": args.image_aspect_ratio, "max_length": args.model_max_length}
+    dataset = data.open_dataset(*rows, folder, on_bad_record="skip", **options)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if args.bf16 else torch.float32
+    model = open_model(folder, args.adapter, args.bits, dtype, device)
+    metrics, answers = evaluate(
+        model,
+        dataset,
+        OneProcess(),
+        data.Collator(model.config.image_token_id, model.tokens_per_picture),
+        batch_size=args.per_device_eval_batch_size,
+        eval_samples=args.eval_samples,
+        max_new_tokens=args.max_new_tokens,
+        workers=args.dataloader_num_workers,
+        on_bad_record=args.on_bad_record,
+        device=device,
+    )
+    show(metrics, answers)
+    if args.output_dir:
+        with cli.written(args.output_dir) as part:
+            write(part, vars(args), metrics, answers)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,486 @@
+"""What people see of a training run.
+
+    before step 1    which modules train, the arithmetic of batches and memory
+    each step        one line, metrics.jsonl
+    each evaluation  metrics.jsonl, predictions.jsonl, samples.png, curves.png
+    the end          what was reached, where it lies, what to do with it
+
+The files are in the run's folder, and `--report_to tensorboard` or `wandb` sends the same there.
+
+    python report.py OUTPUT_DIR           draws curves.png and samples.png again
+
+    log = Log(out, run_id, step, flags)   # of a run that begins, or goes on behind `step`
+    log.step({"step": 1, "loss": 2.5, ..})
+    log.evaluation({"step": 1, "eval_loss": 2.4, ..}, answers, dataset.records, dataset.pictures)
+"""
+
+import datetime
+import json
+import math
+import os
+import resource
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from tqdm import tqdm
+
+import cli
+import data
+
+# --- before step 1 ---
+
+
+def show_modules(model, count):
+    """Prints what trains; `count` gives the true number of numbers in parameters."""
+    print(f"{'module':<24}{'parameters':>16}{'trainable':>16}  dtype")
+    for name, part in model.named_children():
+        trainable = count(p for p in part.parameters() if p.requires_grad)
+        dtype = str(next(part.parameters()).dtype).removeprefix("torch.")
+        print(f"{name:<24}{count(part.parameters()):>16,}{trainable:>16,}  {dtype}")
+
+
+def show_batches(micro: int, accumulation: int, world: int, rows: int, per_epoch: int, total: int):
+    """Prints what a step is, and how many there are."""
+    step, gpus = micro * accumulation * world, torch.cuda.device_count()
+    print(f"batch: {micro} rows x {accumulation} accumulated x {world} processes = {step} rows")
+    print(f"steps: {rows:,} rows, {per_epoch:,} steps an epoch, {total:,} in all")
+    if gpus > world == 1:
+        print(f"GPUs: 1 of {gpus}; `deepspeed train.py --deepspeed ds_zero2.json` uses all")
+
+
+def memory(model, count, world: int, stage: int, masters: bool) -> dict:
+    """What a process holds between steps, by arithmetic: {what: bytes}.
+
+    ZeRO partitions among `world` processes: stage 2 what the optimizer needs, 3 the weights too.
+    """
+    weights = sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in model.parameters())
+    trained = count(p for p in model.parameters() if p.requires_grad)
+    trained /= world if stage >= 2 else 1
+    held = {"weights": weights / (world if stage == 3 else 1), "gradients": 4 * trained}
+    return held | {"masters": 4 * trained * masters, "moments": 8 * trained}
+
+
+# What --offload keeps in the host's memory.
+ON_HOST = {"none": [], "optimizer": ["gradients", "masters", "moments"]}
+ON_HOST["all"] = ["weights", *ON_HOST["optimizer"]]
+
+
+def show_memory(held: dict, offload: str = "none"):
+    """Prints it, and on a GPU where even that, without any activations, does not fit."""
+    sizes = ", ".join(f"{what} {size / 2**20:,.1f} MiB" for what, size in held.items())
+    print("memory: " + sizes, flush=True)
+    if not torch.cuda.is_available():
+        return
+    room = torch.cuda.get_device_properties().total_memory
+    here = sum(size for what, size in held.items() if what not in ON_HOST[offload])
+    if here > room:
+        print(
+            f"this does not fit: {here / 2**30:,.1f} GiB, and the GPU has {room / 2**30:,.1f}; try "
+            "`deepspeed train.py --deepspeed ds_zero3.json` on more GPUs (each has a share), with "
+            "--offload optimizer or all, or --train_type use_lora --bits 4",
+            flush=True,
+        )
+
+
+def peak(device: str) -> dict:
+    """The most memory held so far, {name: GiB}: on a GPU what tensors took, and what torch took
+    from the device for them; else by this process.
+    """
+    if device != "cuda":
+        return {"peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
+    sizes = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+    return {"peak_gib": sizes[0] / 2**30, "reserved_gib": sizes[1] / 2**30}
+
+
+class Trial:
+    """--dry_run: the heaviest step twice, as its first time allocates AdamW's moments, and the next
+    few; `plan` (steps, rows) is theirs.
+    """
+
+    def __init__(self, plan, lengths, total_steps: int):
+        tokens = np.where(plan < 0, 0, lengths[plan]).sum(axis=1)  # of each step, about
+        tried = [0, *range(min(5, len(plan)))]
+        self.plan, self.tokens, self.seconds = plan[tried], tokens[tried], []
+        self.total_steps, self.total_tokens = total_steps, tokens.mean() * total_steps
+
+    def show(self, device: str):
+        """Prints what the tried steps, which have taken `seconds`, say of the whole run."""
+        seconds = sum(self.seconds[1:]) / self.tokens[1:].sum() * self.total_tokens
+        duration = datetime.timedelta(seconds=math.ceil(seconds))
+        most = ", ".join(f"{name[:-4]} {size:.2f} GiB" for name, size in peak(device).items())
+        print(f"dry run: {most}; {self.total_steps:,} steps take {duration}, without evaluations")
+
+
+# --- each step ---
+
+
+class Progress(tqdm):
+    """One line that moves in a terminal, whole lines in a log file; either has 80 columns."""
+
+    def __init__(self, total: int, done: int, rank: int):
+        super().__init__(
+            total=total,
+            initial=done,
+            dynamic_ncols=True,
+            disable=rank > 0 or not sys.stderr.isatty(),
+            bar_format="{n_fmt}/{total_fmt} {remaining} {desc}",
+        )
+
+    def show(self, m: dict, log: bool):
+        speed, gib = (f"{x:.{int(x < 10)}f}" for x in (m["tokens_per_s"] / 1000, m["peak_gib"]))
+        text = (
+            f"loss {m['loss']:.3f} lr{m['lr']:.0e} {speed}k/s sup{m['supervised']:.0%} "
+            f"pad{m['padded']:.0%} wait{m['waiting']:.0%} {gib}G"
+        )
+        self.set_description_str(text, refresh=False)
+        self.update()
+        if log and self.disable:
+            print(f"{m['step']}/{self.total} {text}", flush=True)
+
+
+class Silent:
+    """A log, or a tracker, that shows nothing."""
+
+    def __init__(self, *_):
+        pass
+
+    def step(self, *_):
+        pass
+
+    def evaluation(self, *_):
+        pass
+
+    def close(self):
+        pass
+
+
+class TensorBoard(Silent):
+    def __init__(self, out: Path, run_id: str, step: int, flags: dict):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1)
+
+    def step(self, metrics):
+        for name, value in metrics.items():
+            self.writer.add_scalar(name, value, metrics["step"])
+        self.writer.flush()
+
+    def evaluation(self, metrics, answers, sheet):
+        said = [f"{a['question']} > {a['prediction']} ({a['answer']})" for a in answers]
+        self.writer.add_text("answers", "\n\n".join(said), metrics["step"])
+        self.writer.add_image("samples", np.asarray(sheet), metrics["step"], dataformats="HWC")
+        self.step(metrics)
+
+    def close(self):
+        self.writer.close()
+
+
+class WandB(Silent):
+    def __init__(self, out: Path, run_id: str, step: int, flags: dict):
+        import wandb
+
+        self.wandb, options = wandb, {"id": run_id, "resume": "allow", "config": flags}
+        try:
+            self.run = wandb.init(project="llava", name=out.name, dir=out, **options)
+        except wandb.Error as error:
+            raise ValueError(
+                f"--report_to wandb: {cli.one_line(error)} (WANDB_MODE=offline needs no account)"
+            ) from None
+
+    def step(self, metrics):
+        self.run.log(metrics, step=metrics["step"])
+
+    def evaluation(self, metrics, answers, sheet):
+        columns = ["id", "question", "answer", "prediction", "right"]
+        table = self.wandb.Table(columns, [[str(a[key]) for key in columns] for a in answers])
+        self.step({**metrics, "answers": table, "samples": self.wandb.Image(sheet)})
+
+    def close(self):
+        self.run.finish()
+
+
+TRACKERS = {"none": Silent, "tensorboard": TensorBoard, "wandb": WandB}
+
+
+def read_lines(path: Path) -> list[dict]:
+    """The objects in a .jsonl file, without a last one that was cut short.
+
+    Split at newlines alone: answers may hold what Python takes for other ends of lines.
+    """
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
+    return [json.loads(line) for line in lines]
+
+
+def append(path: Path, *rows: dict):
+    # Half a surrogate pair is no UTF-8; so written, it is JSON's escape for it.
+    with open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+class Log:
+    """The log of a run in `out`; one that goes on behind `step` takes back the lines after it."""
+
+    def __init__(self, out: Path, run_id: str, step: int, flags: dict):
+        self.out, self.report_to = out, flags["report_to"]
+        self.metrics, self.predictions = out / "metrics.jsonl", out / "predictions.jsonl"
+        for path in (self.metrics, self.predictions):
+            kept = [row for row in read_lines(path) if row["step"] <= step]
+            with cli.written(path) as part:
+                append(part, *kept)
+        self.tracker = TRACKERS[self.report_to](out, run_id, step, flags)
+
+    def step(self, metrics: dict):
+        append(self.metrics, metrics)
+        self.tell(self.tracker.step, metrics)
+
+    def evaluation(self, metrics: dict, answers: list[dict], records, pictures):
+        append(self.metrics, metrics)
+        append(self.predictions, *({"step": metrics["step"], **a} for a in answers))
+        sheet = draw(self.out, answers, records, pictures)
+        self.tell(self.tracker.evaluation, metrics, answers, sheet)
+
+    def close(self):
+        self.tell(self.tracker.close)
+
+    def tell(self, call, *args):
+        """Tells the tracker; whatever its library raises is a line for the user."""
+        try:
+            call(*args)
+        except Exception as error:
+            reason = f"{type(error).__name__}: {cli.one_line(error)}"
+            raise ValueError(f"--report_to {self.report_to}: {reason}") from None
+
+
+# --- pictures ---
+
+# Right and wrong, and the lines of the curves, differ in more than their colour.
+INK, GREY, MAT, GOOD, BAD, BLUE = "#1a1a1a", "#606060", "#c4c8cc", "#00795c", "#c44601", "#0b62a4"
+LOSSES = {  # a line's name, its colour, the corners of its marks
+    "loss": ("training", BLUE, 0),
+    "eval_loss": ("validation", BAD, 24),
+}
+ACCURACIES = {
+    "token_accuracy": ("training tokens", BLUE, 0),
+    "eval_token_accuracy": ("validation tokens", BAD, 24),
+    "eval_exact_match": ("exact match", GOOD, 4),
+    "eval_vqa_accuracy": ("VQA", INK, 3),
+}
+LADDER = [k * 10.0**e for e in range(-3, 9) for k in (1, 2, 5)]  # where ticks may stand
+
+
+def visible(text: str, font) -> str:
+    """A text with escapes for control characters and for what the font cannot show."""
+    lacking, shown = bytes(font.getmask("\uffff")), []
+    for c in text:
+        plain = c.isspace() or c.isprintable() and bytes(font.getmask(c)) != lacking
+        shown.append(c if plain else c.encode("unicode_escape").decode())
+    return "".join(shown)
+
+
+def wrap(text: str, font, width: int, most: int) -> list[str]:
+    """At most `most` lines of `width` pixels; a word that is wider is broken."""
+    lines = [""]
+    for word in visible(text, font).split():
+        pieces = [word] if font.getlength(word) <= width else word  # or letter by letter
+        for n, piece in enumerate(pieces):
+            longer = f"{lines[-1]} {piece}" if lines[-1] and n == 0 else lines[-1] + piece
+            if font.getlength(longer) <= width:
+                lines[-1] = longer
+            else:
+                lines.append(piece)
+    return lines if len(lines) <= most else [*lines[: most - 1], lines[most - 1][:-3] + "..."]
+
+
+def is_right(answer: dict) -> bool:
+    """Whether it equals the row's, or at least some of the people who were asked."""
+    return answer.get("vqa_accuracy", answer["right"]) > 0
+
+
+def draw_samples(answers: list[dict], records, pictures, title: str = "") -> Image.Image:
+    """A sheet of up to twelve questions with their pictures, what was expected and predicted."""
+    shown = [answers[i * len(answers) // 12] for i in range(12)] if len(answers) > 12 else answers
+    sheet, y = Image.new("RGB", (1632, 3200), "white"), 96
+    title += f"{sum(map(is_right, answers)):,} of {len(answers):,} answers are right"
+    ImageDraw.Draw(sheet).text((48, 24), title, INK, ImageFont.load_default(26))
+    for k in range(0, len(shown), 3):
+        cards = enumerate(shown[k : k + 3])
+        y = 48 + max(draw_card(sheet, 48 + 528 * i, y, a, records, pictures) for i, a in cards)
+    return sheet.crop((0, 0, sheet.width, y))
+
+
+def draw_card(sheet, x: int, y: int, answer: dict, records, pictures) -> int:
+    """One question, 480 pixels wide, below its first eight pictures; returns where it ends."""
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(26)
+    names = data.image_list(records[answer["row"]])[:8]
+    pen.rectangle((x, y, x + 479, y + 319), MAT)
+    for k, name in enumerate(names):
+        picture, width = data.decode_picture(pictures.read(name), name), 480 // len(names)
+        picture = ImageOps.pad(picture, (width - 8, 312), color=MAT)
+        sheet.paste(picture, (x + k * width + 4, y + 4))
+    if not names:
+        pen.text((x + 240, y + 160), "no picture", INK, font, "mm")
+    y += 328
+    verdict, colour = ("right", GOOD) if is_right(answer) else ("wrong", BAD)
+    verdict += ", cut" if "cut" in answer else ""
+    for text, ink in (
+        (answer["question"].replace(data.IMAGE, " "), INK),
+        (f"expected: {answer['answer']}", GREY),
+        (f"{verdict}: {answer['prediction']}", colour),
+    ):
+        lines = wrap(text, font, 480, 3)
+        pen.multiline_text((x, y), "\n".join(lines), ink, font, spacing=8)
+        y += 34 * len(lines)
+    return y
+
+
+def draw_curves(metrics: list[dict]) -> Image.Image:
+    """Losses, on a log scale, and accuracies over steps; an upright line where the loss is best."""
+    sheet = Image.new("RGB", (1760, 620), "white")
+    values = [m[key] for m in metrics for key in LOSSES if key in m]
+    low = max(n for n in LADDER if n <= max(min(values), LADDER[0]))
+    high = min(n for n in LADDER if n > max(low, *values))
+
+    def log_scale(loss):
+        return math.log(max(loss, low) / low) / math.log(high / low)
+
+    ticks = {n: f"{n:g}" for n in LADDER if low <= n <= high}
+    draw_panel(sheet, 100, "loss (log scale)", metrics, LOSSES, ticks, log_scale)
+    ticks = {n / 100: f"{n}%" for n in range(0, 101, 20)}
+    draw_panel(sheet, 970, "accuracy", metrics, ACCURACIES, ticks, float)
+    return sheet
+
+
+def draw_panel(sheet, left: int, title: str, metrics: list[dict], lines: dict, ticks: dict, scale):
+    """Axes, legend and lines of some figures, 740 x 400 pixels; ticks {value: label}, and `scale`
+    makes of a value its share of the height.
+    """
+    pen, font, last = ImageDraw.Draw(sheet), ImageFont.load_default(24), metrics[-1]["step"] or 1
+
+    def at(step, value):
+        return left + 740 * step / last, 530 - 400 * scale(value)
+
+    pen.text((left, 20), title, INK, font)
+    for value, label in ticks.items():
+        pen.line([at(0, value), at(last, value)], "#dddddd", 2)
+        pen.text((left - 12, at(0, value)[1]), label, INK, font, "rm")
+    for step in range(0, last + 1, int(next(n for n in LADDER if n >= max(1, last / 6)))):
+        pen.text((at(step, 1)[0], 542), f"{step:,}", INK, font, "ma")
+    pen.text((left + 370, 580), "step", INK, font, "ma")
+    if losses := [(m["eval_loss"], m["step"]) for m in metrics if "eval_loss" in m]:
+        best = min(losses)[1]
+        pen.line([at(best, value) for value in ticks], GREY, 2)
+        label = f"best loss at step {best:,} (upright line)"
+        pen.text((left + 740, 20), label, GREY, font, "ra")
+    x = left
+    for key, line in lines.items():
+        if found := [(m["step"], m[key]) for m in metrics if key in m]:
+            x += 60 + draw_line(pen, x, font, found, *line, at)
+
+
+def draw_line(pen, x: int, font, found: list[tuple], name: str, colour: str, corners: int, at):
+    """A line of (step, value) and its entry in the legend, at x; the width of its name.
+
+    Training's values, which have no marks, are many and noisy: means of neighbours are drawn.
+    """
+    share = 1 if corners else len(found) // 120 + 1
+    groups = [np.mean(found[k : k + share], axis=0) for k in range(0, len(found), share)]
+    for points in [at(*group) for group in groups], [(x + 6, 78), (x + 26, 78)]:
+        pen.line(points, colour, 3)
+        for point in points if corners else ():
+            pen.regular_polygon((*point, 8), corners, fill=colour)
+    pen.text((x + 44, 64), name, INK, font)
+    return font.getlength(name)
+
+
+def draw(out: Path, answers: list[dict], records, pictures) -> Image.Image:
+    """Writes curves.png of a run, and samples.png of its newest evaluation; returns the latter."""
+    metrics = read_lines(out / "metrics.jsonl")
+    newest = [m for m in metrics if "eval_loss" in m][-1]
+    title = f"step {newest['step']:,}: validation loss {newest['eval_loss']:.4f}, "
+    samples = draw_samples(answers, records, pictures, title)
+    for name, sheet in (("curves.png", draw_curves(metrics)), ("samples.png", samples)):
+        with cli.written(out / name) as part:
+            sheet.save(part, "PNG")
+    return samples
+
+
+# --- the end ---
+
+
+def command(script: str, *words) -> str:
+    """A call of one of the project's scripts as it can be pasted, in lines of 80 columns."""
+    environment, found = Path(sys.executable).parent, shutil.which("python")
+    python = "python" if found and Path(found).parent == environment else sys.executable
+    script = os.path.relpath(Path(__file__).with_name(script))
+    parts = [f"  {shlex.quote(python)} {shlex.quote(script)}"]
+    for word in map(str, words):
+        if word.startswith("--"):
+            parts.append(word)
+        else:
+            parts[-1] += f" {shlex.quote(word)}"
+    lines = parts[:1]
+    for part in parts[1:]:
+        if len(lines[-1]) + len(part) > 76:
+            lines.append("     ")
+        lines[-1] += f" {part}"
+    return " \\\n".join(lines)
+
+
+def last_words(flags: dict, step: int, total_steps: int, evaluations: list):
+    """Prints what was reached, where it lies, and the commands to talk to it and to merge it.
+
+    evaluations: [(step, validation loss)]. A `best` that somebody has removed is not named.
+    """
+    out, losses, early = Path(flags["output_dir"]), [loss for _, loss in evaluations], ""
+    best = losses.index(min(losses)) if losses else None
+    if step < total_steps:
+        early = f" of {total_steps}: {len(losses) - 1 - best} evaluations without a better loss"
+    print(f"done after step {step}{early}:\n  {out}/final")
+    folder = out / "final"
+    if losses:
+        print(
+            f"best at step {evaluations[best][0]}: validation loss {losses[best]:.4f}, "
+            f"{losses[0] - losses[best]:.4f} below the first,\n"
+            f"{losses[-1] - losses[best]:.4f} below the last"
+        )
+        if (out / "best").is_dir():
+            print(f"  {out}/best")
+            folder = out / "best" if evaluations[best][0] < step else folder
+    bits, model = ["--bits", 4] if flags["bits"] == 4 else [], ["--model_name_or_path", folder]
+    if flags["train_type"] != "use_lora":
+        print("talk to it:", command("chat.py", *model), sep="\n")
+        return
+    model = ["--model_name_or_path", flags["model_name_or_path"], "--adapter", folder]
+    print("talk to it, or merge it:", command("chat.py", *model, *bits), sep="\n")
+    print(command("merge.py", *model, "--out", out / "merged"))
+    if bits:
+        print("  (with --dequantize: into the 4-bit values that it was trained on)")
+
+
+# --- the command ---
+
+
+@cli.command
+def main(argv=None):
+    parser = cli.Parser(description="Draws curves.png and samples.png of a run again.")
+    parser.add_argument("output_dir", type=Path, help="the folder of train.py, or of evaluate.py")
+    out = parser.parse_args(argv).output_dir
+    metrics = read_lines(out / "metrics.jsonl")
+    evaluated = [m["step"] for m in metrics if "eval_loss" in m]
+    if not evaluated or not (out / "run.json").exists():
+        raise ValueError(f"{out}: has no run.json, and metrics.jsonl with an evaluation: no run")
+    flags = json.loads((out / "run.json").read_text())["args"]
+    answers = [a for a in read_lines(out / "predictions.jsonl") if a["step"] == evaluated[-1]]
+    records = data.Records(flags["validation_data_path"])
+    pictures = data.Pictures(flags["image_folder"]) if flags["image_folder"] else None
+    draw(out, answers, records, pictures)
+    print(f"{out}/curves.png, {out}/samples.png")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
