@@ -44,7 +44,7 @@ def test_memory_is_what_torch_holds_between_steps(world):
     def size(tensors):
         return sum(t.numel() * t.element_size() for t in tensors)
 
-    masters = engine.masters.values()
+    masters = engine.trained.values()
     found = {"weights": size(model.parameters()), "masters": size(masters)}
     found["gradients"] = size(p.grad for p in masters)
     engine.optimizer.step()
