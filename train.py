@@ -569,7 +569,7 @@ def deepspeed_config(args) -> dict:
 # Flags that may differ between a run and its continuation: nothing that is learnt hangs on them, as
 # long as a step has as many rows.
 FREE_FLAGS = """output_dir resume_from_checkpoint dataloader_num_workers logging_steps save_steps
-    save_total_limit per_device_eval_batch_size local_rank report_to per_device_train_batch_size
+    save_total_limit on_bad_record per_device_eval_batch_size local_rank report_to per_device_train_batch_size
     gradient_accumulation_steps gradient_checkpointing deepspeed offload data_path
     validation_data_path image_folder dry_run""".split()
 

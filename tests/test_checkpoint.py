@@ -385,7 +385,7 @@ def former(root):
         (grow, {}, "--data_path whose content"),
         (change_word, {}, "--data_path whose content"),
         (change_base, {}, "base whose weights"),
-        (former, {}, "another format"),
+        (former, {}, "format of another version"),
         (None, {"max_steps": 5}, "--max_steps 4, not 5"),
         (None, {"num_train_epochs": 2}, "--num_train_epochs 1.0, not 2.0"),
         (None, {"learning_rate": 1}, "--learning_rate 0.01, not 1.0"),
@@ -469,7 +469,7 @@ def test_a_best_that_was_deleted_is_not_announced(world, tmp_path):
     out = cut_back(whole, tmp_path / "b", 1)
     shutil.rmtree(out / "best")
     status, output, _ = run(world, out, **flags, **LATEST)
-    assert status == 0 and f"{out}/best" not in output and f"{out}/final --image" in output
+    assert status == 0 and f"{out}/best" not in output and f"{out}/final" in output
 
 
 def unsupervised(world, tmp_path, which):
