@@ -40,8 +40,10 @@ from transformers import AutoProcessor, SiglipConfig, SiglipModel
 
 import bench
 import data
+import evaluate
 import lora
 import model as llava
+import report
 import train
 from data import IGNORE, ChatText, PictureTransform
 
@@ -109,6 +111,7 @@ def test_change_another_projector_takes_three_lines(world, tmp_path, monkeypatch
         ('r"linear|mlp', 'r"linear|norm_linear|mlp'),
     )
     monkeypatch.setattr(train, "llava", other)
+    monkeypatch.setattr(evaluate, "llava", other)
     other.build(*parts(tmp_path), tmp_path / "llava", "norm_linear")
     assert run(world, tmp_path / "a", model_name_or_path=tmp_path / "llava", max_steps=2)[0] == 0
     model, saved = other.from_pretrained(tmp_path / "a/final"), weights_of(tmp_path / "a")
@@ -315,7 +318,7 @@ def test_every_command_of_the_readme_runs(world, tmp_path, monkeypatch, capsys):
                 "--bf16",
                 "False",
             ]
-        if "chat" in argv:
+        if "chat" in argv or file == "evaluate.py":
             argv += ["--max_new_tokens", "2"]
         if "okvqa" in argv:
             argv += ["--val_fraction", "0.3"]  # of 10 pictures
@@ -329,6 +332,8 @@ def test_every_command_of_the_readme_runs(world, tmp_path, monkeypatch, capsys):
             "data.py": data,
             "lora.py": lora,
             "bench.py": bench,
+            "evaluate.py": evaluate,
+            "report.py": report,
         }
         capsys.readouterr()
         assert modules[file].main(argv) == 0, (line, capsys.readouterr().err)
@@ -342,4 +347,6 @@ def test_every_command_of_the_readme_runs(world, tmp_path, monkeypatch, capsys):
         "data.py",
         "lora.py",
         "bench.py",
+        "evaluate.py",
+        "report.py",
     }
