@@ -152,9 +152,9 @@ builtin() {
     --per_device_train_batch_size 4 --learning_rate 2e-3 --mm_vision_tower_lr 5e-4 \
     --group_by_modality_length "${common[@]}"
   for rows in train_validation train_shuffled; do
-    [ -d "$OUT/$rows" ] || python train.py --eval_only --model_name_or_path "$OUT/stage2/final" \
-      --validation_data_path "$toy/$rows.json" --image_folder "$toy/images" --eval_samples -1 \
-      --max_new_tokens 24 --output_dir "$OUT/$rows" > /dev/null
+    [ -d "$OUT/$rows" ] || python evaluate.py --model_name_or_path "$OUT/stage2/final" \
+      --validation_data_path "$toy/$rows.json" --image_folder "$toy/images" --max_new_tokens 24 \
+      --output_dir "$OUT/$rows" > /dev/null
   done
   (out=$(realpath "$OUT"); root=$PWD; cd "$called_from" && python "$root/toy.py" summary --out "$out")
 }

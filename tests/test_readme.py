@@ -48,6 +48,7 @@ from transformers import AutoProcessor, SiglipConfig, SiglipModel
 import bench
 import build
 import data
+import evaluate
 import model as llava
 import train
 from data import IGNORE, IMAGE, ChatText, PictureTransform
@@ -116,6 +117,7 @@ def test_change_another_projector_takes_three_lines(world, tmp_path, monkeypatch
         ('r"linear|mlp', 'r"linear|norm_linear|mlp'),
     )
     monkeypatch.setattr(train, "llava", other)
+    monkeypatch.setattr(evaluate, "llava", other)
     other.build(*parts(tmp_path), tmp_path / "llava", "norm_linear")
     assert run(world, tmp_path / "a", model_name_or_path=tmp_path / "llava", max_steps=2)[0] == 0
     model, saved = other.from_pretrained(tmp_path / "a/final"), weights_of(tmp_path / "a")
@@ -322,7 +324,7 @@ def test_every_command_of_the_readme_runs(world, tmp_path, monkeypatch, capsys):
                 "--bf16",
                 "False",
             ]
-        if file == "chat.py":
+        if file in ("chat.py", "evaluate.py"):
             argv += ["--max_new_tokens", "2"]
         if file == "okvqa.py":
             argv += ["--val_fraction", "0.3"]  # of 10 pictures
@@ -333,7 +335,7 @@ def test_every_command_of_the_readme_runs(world, tmp_path, monkeypatch, capsys):
         capsys.readouterr()
         script = importlib.import_module(file.removesuffix(".py"))
         assert script.main(argv) == 0, (line, capsys.readouterr().err)
-        if "show" in argv:  # its output stands below it
+        if "--index" in argv:  # its output stands below it
             printed = capsys.readouterr().out.split()
             assert " ".join(printed) in " ".join((HERE / "README.md").read_text().split())
         ran.append(file)
@@ -346,6 +348,8 @@ def test_every_command_of_the_readme_runs(world, tmp_path, monkeypatch, capsys):
         "check.py",
         "merge.py",
         "bench.py",
+        "evaluate.py",
+        "report.py",
     }
 
 
