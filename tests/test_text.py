@@ -48,8 +48,7 @@ SYSTEMS = {
     "qwen": "You are a helpful assistant.",
 }
 
-# As LLaVA has them: what stands before the conversation, its turns, an answer as it is rendered,
-# what stands behind an answer. The tokenizer puts the first start token in front.
+# What stands before the conversation, its turns, an answer as rendered, what stands behind it.
 FORMATS = {
     "v1": ("{system} ", "USER: {q} ASSISTANT:", " {a}{eos}", ""),
     "llava_llama_2": ("[INST] ", "{system}{q} [/INST]", " {a} {eos}", "{bos}[INST] "),
