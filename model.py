@@ -480,29 +480,3 @@ def save_pretrained(
         write_template(chat_template, out)
     if aspect_ratio:
         write_aspect_ratio(aspect_ratio, out)
-
-
-# --- for train.py, until it takes these from evaluate.py and cli.py ---
-
-
-def open_model(folder: Path, adapter, bits: int, dtype, device, quant_storage=torch.uint8) -> Llava:
-    """The model of a folder, with its decoder in 4 bits and with an adapter, where asked for."""
-    import functools
-
-    import lora
-
-    quantize = functools.partial(
-        lora.quantize,
-        target_modules=DECODER,
-        compute_dtype=dtype or torch.float32,
-        device=device,
-        quant_storage=quant_storage,
-    )
-    model = from_pretrained(folder, dtype, device, quantize if bits == 4 else None)
-    if adapter:
-        lora.load(model, adapter, folder, transformers_name)
-    return model
-
-
-def one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
