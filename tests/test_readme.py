@@ -123,7 +123,7 @@ def test_change_the_towers_last_layer_alone_trains_by_one_line(world, tmp_path, 
         1,
         ('"full": (["vision_tower"', '"full": (["vision_tower.vision_model.encoder.layers.1."'),
     )
-    monkeypatch.setitem(globals(), "train", other)
+    monkeypatch.setattr("conftest.train", other)
     assert run(world, tmp_path / "a", max_steps=2)[0] == 0
     before, after = tensors_of(world / "llava"), weights_of(tmp_path / "a")
     moved = {name for name in before if not torch.equal(before[name], after[name])}
