@@ -1615,6 +1615,11 @@ LLAVA_FLAGS = {
 }
 
 
+def cores() -> int:
+    """The cores that this process may use, which a container or SLURM may have made fewer."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
 def parse(argv) -> argparse.Namespace:
     parser = Parser(description=__doc__.splitlines()[0])
     add, flag = parser.add_argument, BOOLEAN
@@ -1658,7 +1663,7 @@ def parse(argv) -> argparse.Namespace:
         "--dataloader_num_workers",
         type=number(int, 0),
         help="processes that prepare batches",
-        default=min(4, len(os.sched_getaffinity(0))),
+        default=min(4, cores()),
     )
     # evaluation, saving, logging
     add("--eval_only", **flag, default=False, help="evaluate, and train nothing")
@@ -1805,6 +1810,39 @@ def keep_memory():
         library.mallopt(MMAP_THRESHOLD, 2**30) or library.mallopt(MMAP_THRESHOLD, 2**25)
 
 
+def unseen_gpu() -> str:
+    """What shows that this machine, or job, has a GPU, or nothing."""
+    query = "nvidia-smi --query-gpu=name,driver_version --format=csv,noheader"
+    if shutil.which("nvidia-smi"):
+        found = subprocess.run(query.split(), capture_output=True, text=True)
+        if found.returncode == 0 and found.stdout:
+            name, driver = found.stdout.splitlines()[0].rsplit(", ", 1)
+            return f"nvidia-smi lists {name}, driver {driver}"
+    given = os.environ.get("SLURM_GPUS_ON_NODE", "0")
+    if given != "0":
+        return f"SLURM gave this job {given} GPU(s) on this node"
+    return "there is /dev/nvidia0" if os.path.exists("/dev/nvidia0") else ""
+
+
+def set_up_gpus():
+    """Has a GPU used well where there is one; a run meant for it must not spend days on the CPU."""
+    # Read when a GPU's memory is first asked for. Rows differ in length: else freed pieces do not fit.
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        count = torch.cuda.device_count()
+        if os.environ["WORLD_SIZE"] == "1" and count > 1:
+            print(f"one of {count} GPUs: `deepspeed train.py --deepspeed ds_zero2.json` uses all")
+    elif os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1") and (found := unseen_gpu()):
+        cuda = f"CUDA {torch.version.cuda}" if torch.version.cuda else "the CPU alone"
+        raise ValueError(
+            f"torch {torch.__version__} sees no GPU, but {found}: it is built for {cuda} (13.0 needs "
+            "driver 580). https://download.pytorch.org/whl has builds for other drivers, as cu126; "
+            "to train on the CPU all the same: CUDA_VISIBLE_DEVICES= (empty)"
+        )
+
+
 def start_processes(args):
     """Sets up this process, and joins the launcher's others; without a launcher it is alone."""
     alone = {
@@ -1818,8 +1856,11 @@ def start_processes(args):
         os.environ.setdefault(name, value)
     keep_memory()
     torch.backends.cuda.matmul.allow_tf32 = args.tf32
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    set_up_gpus()
+    if args.deepspeed and not is_installed("deepspeed"):
+        raise ValueError(
+            "--deepspeed needs the package deepspeed, which is for Linux: leave it out"
+        )
     if args.deepspeed:
         import deepspeed
 
