@@ -8,7 +8,7 @@ import shlex
 
 import pytest
 import torch
-from conftest import HERE, run
+from conftest import HERE, launch, losses_of, run
 
 import bench
 import train
@@ -124,6 +124,42 @@ def test_memory_by_model_is_the_arithmetic_it_claims(name, width, layers, mlp, w
     assert [float(cell) for cell in row[1].split(" | ")] == pytest.approx(
         [size / 2**30 for size in sizes], abs=0.06
     )
+
+
+def test_traffic_on_a_network_is_the_arithmetic_it_claims():
+    """Of 8 GPUs each sends 7/8 of what is gathered or scattered, twice that of what all get."""
+    trained, weights, adapters = 6.76e9, 7.06e9, 341e6
+    gathered = 2 * 2 * weights * 7 / 8  # bf16, for the forward and the backward pass
+    expected = [
+        trained * 4 * 2 * 7 / 8,
+        trained * 2 * 2 * 7 / 8,
+        trained * 4,  # a reduction to one process passes each on once
+        trained * 2,
+        gathered + trained * 4 * 7 / 8,
+        gathered + trained * 2 * 7 / 8,
+        adapters * 4 * 2 * 7 / 8,
+        gathered + adapters * 4 * 7 / 8,
+    ]
+    table = CLUSTER.partition("| | GB | NVLink")[2].partition("\n\n")[0]
+    rows = re.findall(r"^\| .* \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", table, re.M)
+    assert len(rows) == len(expected)
+    for row, sent in zip(rows, expected):
+        for cell, divisor in zip(row, (1, 230, 20, 11)):
+            digits = len(cell.partition(".")[2])
+            assert float(cell) == pytest.approx(sent / 1e9 / divisor, abs=0.6 * 10**-digits)
+
+
+def test_the_key_that_rounds_nothing_trains_the_same(world, tmp_path):
+    config = json.loads((HERE / "ds_zero2.json").read_text())
+    assert '"use_multi_rank_bucket_allreduce": false' in CLUSTER
+    config["zero_optimization"]["use_multi_rank_bucket_allreduce"] = False
+    (tmp_path / "reduce.json").write_text(json.dumps(config))
+    flags = {"max_steps": 3, "learning_rate": 1e-3}
+    assert run(world, tmp_path / "one", **flags)[0] == 0
+    split = {"deepspeed": tmp_path / "reduce.json", "per_device_train_batch_size": 2}
+    statuses, output = launch(world, tmp_path / "many", 2, **flags, **split)
+    assert statuses == [0, 0], output
+    assert losses_of(tmp_path / "one") == pytest.approx(losses_of(tmp_path / "many"), abs=1e-5)
 
 
 def test_the_ten_commands_for_a_first_gpu_have_flags_that_exist():
