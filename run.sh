@@ -10,8 +10,8 @@
 #   sbatch run.sh        under SLURM (cluster.md); sbatch's own flags, as --nodes=2, win over the lines above
 #
 # A step that is done is not done again, and one that was interrupted goes on where it was. SIGTERM, SIGINT, SIGHUP
-# and SIGUSR1 make the run save and end, with status 3. SLURM queues a job again that it warned of its time limit or
-# of preemption, and one that failed, as nodes do, after it had saved a checkpoint.
+# and SIGUSR1 make the run save and end, with status 3. A SLURM job is queued again that was warned of its time limit
+# or of preemption, or failed after it had saved a checkpoint.
 #
 # Environment variables (none: the built-in recipe); relative paths start at this folder:
 #
@@ -53,11 +53,9 @@ complete() {
 # An environment that has the packages is used as it is; else .venv is made.
 setup() {
   if ! complete python "$@"; then
-    if [ ! -x .venv/bin/pip ]; then
-      python3 -c "import sys; sys.exit(sys.version_info < (3, 11))" ||
-        refuse "needs Python 3.11 or newer, and python3 is $(python3 --version)"
-      python3 -m venv .venv
-    fi
+    [ -x .venv/bin/pip ] || python3 -c "import sys; sys.exit(sys.version_info < (3, 11))" ||
+      refuse "needs Python 3.11 or newer, and python3 is $(python3 --version)"
+    [ -x .venv/bin/pip ] || python3 -m venv .venv
     if ! complete .venv/bin/python "$@"; then
       echo "installing into .venv (python lacks packages of requirements.txt, or has other versions) ..." >&2
       .venv/bin/pip install --quiet --disable-pip-version-check -r requirements.txt "$@" >&2
@@ -127,8 +125,6 @@ os.execvp(sys.argv[1], sys.argv[1:])" "$@" || status=$?
   exit "$((status == 3 ? 0 : status))"
 }
 
-checkpoints() { ls -d "$1"/checkpoint-* 2>/dev/null || true; }
-
 # train OUTPUT_DIR FLAGS...: a finished run is left alone, an interrupted one goes on.
 train() {
   local out=$1 status=3 before; shift
@@ -142,26 +138,28 @@ train() {
   [ "$status" != 0 ] || [ -n "$caught" ] || [ -e "$out/stop" ] || status=1  # a launcher that is killed says 0
   rm -f "$out/stop"
   case $caught:$status in
-    USR1:[03]) requeue || stopped ;;
-    *:[03]) stopped ;;
+    USR1:[03]) requeue || how_to_go_on ;;
+    *:[03]) how_to_go_on ;;
     TERM:* | INT:* | HUP:* | *:2) ;;
     *) [ "$before" = "$(checkpoints "$out")" ] || requeue || true ;;  # a node or a process has died, perhaps
   esac
   exit "$((status > 0 ? status : 3))"
 }
 
-requeue() {
-  [ ${#step[@]} -gt 0 ] && scontrol requeue "${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}"
+checkpoints() { ls -d "$1"/checkpoint-* 2>/dev/null || true; }
+
+requeue() {  # of an array's tasks this one alone
+  [ ${#step[@]} -gt 0 ] &&
+    scontrol requeue "${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}"
 }
 
-# Says how to go on, as the user's shell takes it.
-stopped() {
-  local name command=bash
-  [ ${#step[@]} = 0 ] || command=sbatch
+how_to_go_on() {  # as the user's shell takes it
+  local name command="bash run.sh"
+  [ ${#step[@]} = 0 ] || command="sbatch run.sh"
   for name in $(help | sed -n 's/^  \([A-Z_]*\)  .*/\1/p'); do
     [ -z "${!name:-}" ] || command=$(printf "%s=%q %s" "$name" "${!name}" "$command")
   done
-  printf "run.sh: stopped; to go on: cd %q && %s run.sh\n" "$PWD" "$command" >&2
+  echo "run.sh: stopped; to go on: cd $(printf %q "$PWD") && $command" >&2
 }
 
 real() {
@@ -170,7 +168,7 @@ real() {
   [[ ${BITS:-16} =~ ^(4|16)$ ]] || refuse "BITS $BITS: 4 or 16"
   local model=${MODEL:-$OUT/model} parts=${VISION_TOWER:-}+${LANGUAGE_MODEL:-}+${VERSION:-own}
   if [ -z "${MODEL:-}" ] && [ ! -d "$model" ]; then
-    python model.py build --vision_tower "${VISION_TOWER:?set it, or MODEL}" \
+    python build.py --vision_tower "${VISION_TOWER:?set it, or MODEL}" \
       --language_model "${LANGUAGE_MODEL:?set it, or MODEL}" --version "${VERSION:-own}" --out "$model"
     mkdir -p "$OUT" && echo "$parts" > "$OUT/model.txt"
   elif [ -z "${MODEL:-}" ] && [ "$parts" != "$(cat "$OUT/model.txt" 2>/dev/null)" ]; then
@@ -190,66 +188,28 @@ real() {
   echo "the result: $model"
 }
 
-summary() {
-  python - "$OUT" <<'PY'
-import json, pathlib, sys
-
-out = pathlib.Path(sys.argv[1])
-lines = lambda path: [json.loads(line) for line in open(path)]
-print("\nstage      steps   minutes   held-out loss before > after")
-for stage in ("reading", "stage1", "stage2"):
-    rows = lines(out / stage / "metrics.jsonl")
-    losses = [row["eval_loss"] for row in rows if "eval_loss" in row]
-    seconds = (out / stage / "final").stat().st_mtime - (out / stage / "run.json").stat().st_mtime
-    print(f"{stage:<9}{rows[-1]['step']:>7}{seconds / 60:>10.1f}   {losses[0]:.3f} > {losses[-1]:.3f}")
-seen, turned = (lines(out / name / "metrics.jsonl")[0] for name in ("train_validation", "train_shuffled"))
-asked = lines(out / "train_validation" / "predictions.jsonl")
-blind = json.load(open(out / "toy" / "baseline.json"))
-gated = ("colour", "shape", "size", "position", "number")
-print("\nheld-out answers   questions   right   pictures shuffled   question alone")
-for kind in (*gated, *sorted({a["kind"] for a in asked} - set(gated))):
-    key, count = f"eval_exact_match/{kind}", sum(a["kind"] == kind for a in asked)
-    print(f"{kind:<18}{count:>10}{seen[key]:>8.1%}{turned[key]:>20.1%}{blind[kind]:>17.1%}")
-count = sum(a["kind"] in gated for a in asked)
-mean = lambda score: sum(score(a["kind"]) for a in asked if a["kind"] in gated) / count
-print(f"{'the first five':<18}{count:>10}" + "".join(f"{mean(score):>{width}.1%}" for score, width in (
-    (lambda k: seen[f"eval_exact_match/{k}"], 8), (lambda k: turned[f"eval_exact_match/{k}"], 20),
-    (blind.get, 17))))
-row = next(row for row in json.load(open(out / "toy" / "train_validation.json")) if isinstance(row.get("image"), str))
-turns = [a for a in asked if a["id"] == row["id"]]
-print(f"\na conversation about {out}/toy/images/{row['image']}:")
-for a in turns:
-    print(f"  {a['question'].splitlines()[-1]} > {a['prediction']}")
-print(f"\nthe model: {out}/stage2/final; its pictures and answers: {out}/train_validation/predictions.jsonl\n"
-      f"  python model.py chat --model_name_or_path {out}/stage2/final --image {out}/toy/images/{row['image']}")
-PY
-}
-
 # The language model is born today and must learn to read before it can be shown pictures, so a stage
 # stands in front: rows without pictures, scenes in words. README.md says what is real and what is not.
 builtin() {
   local toy=$OUT/toy log=1
   [ -t 2 ] || log=50
-  local common=(--image_folder "$toy/images" --dataloader_num_workers 1 --logging_steps "$log" --eval_samples 16
-    --max_new_tokens 24 --save_steps 200 --save_total_limit 1 --gradient_checkpointing False)
-  [ -d "$toy" ] || python data.py toy --out "$toy"
-  [ -d "$OUT/model" ] || python model.py build --tiny --out "$OUT/model"
-  train "$OUT/reading" --train_type freeze_vision --model_name_or_path "$OUT/model" \
-    --data_path "$toy/reading.json" --validation_data_path "$toy/reading_validation.json" \
-    --per_device_train_batch_size 16 --learning_rate 3e-3 "${common[@]}"
-  train "$OUT/stage1" --train_type projector --model_name_or_path "$OUT/reading/final" \
-    --data_path "$toy/captions.json" --validation_data_path "$toy/captions_validation.json" \
-    --per_device_train_batch_size 8 --learning_rate 2e-3 "${common[@]}"
-  train "$OUT/stage2" --train_type full --model_name_or_path "$OUT/stage1/final" \
-    --data_path "$toy/train.json" --validation_data_path "$toy/train_validation.json" \
-    --per_device_train_batch_size 4 --learning_rate 2e-3 --mm_vision_tower_lr 5e-4 \
-    --group_by_modality_length "${common[@]}"
+  [ -d "$toy" ] || python toy.py data --out "$toy"
+  [ -d "$OUT/model" ] || python toy.py model --out "$OUT/model"
+  stage() {  # its name, what it starts from, its rows, further flags
+    train "$OUT/$1" --model_name_or_path "$OUT/$2" --data_path "$toy/$3.json" --image_folder "$toy/images" \
+      --validation_data_path "$toy/$3_validation.json" --eval_samples 16 --max_new_tokens 24 --save_steps 200 \
+      --save_total_limit 1 --gradient_checkpointing False --dataloader_num_workers 1 --logging_steps "$log" "${@:4}"
+  }
+  stage reading model reading --train_type freeze_vision --per_device_train_batch_size 16 --learning_rate 3e-3
+  stage stage1 reading/final captions --train_type projector --per_device_train_batch_size 8 --learning_rate 2e-3
+  stage stage2 stage1/final train --train_type full --per_device_train_batch_size 4 --learning_rate 2e-3 \
+    --mm_vision_tower_lr 5e-4 --group_by_modality_length
   for rows in train_validation train_shuffled; do
     [ -d "$OUT/$rows" ] || python train.py --eval_only --model_name_or_path "$OUT/stage2/final" \
       --validation_data_path "$toy/$rows.json" --image_folder "$toy/images" --eval_samples -1 \
       --max_new_tokens 24 --output_dir "$OUT/$rows" > /dev/null
   done
-  summary
+  (out=$(realpath "$OUT"); root=$PWD; cd "$called_from" && python "$root/toy.py" summary --out "$out")
 }
 
 help() {
@@ -265,10 +225,7 @@ case "${1:-recipe}" in
     setup pytest==9.2.0 hypothesis==6.170.15 peft==0.21.2 accelerate==1.15.0
     shift
     marks="not long and not gpu"
-    case "${1:-}" in
-      --all) marks="not gpu"; shift ;;
-      --gpu) marks=gpu; shift ;;
-    esac
+    case "${1:-}" in --all) marks="not gpu"; shift ;; --gpu) marks=gpu; shift ;; esac
     python -m pytest -q -m "$marks" test_smoke.py tests "$@" ;;
   recipe)
     setup
