@@ -534,7 +534,7 @@ def machine() -> str:
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    return f"{len(os.sched_getaffinity(0))} cores of {names[0] if names else 'a CPU'}"
+    return f"{train.cores()} cores of {names[0] if names else 'a CPU'}"
 
 
 def main(argv=None) -> int:

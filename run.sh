@@ -36,9 +36,8 @@
 set -euo pipefail
 refuse() { echo "run.sh: $*" >&2; exit 2; }
 here=$(dirname "${BASH_SOURCE[0]}") called_from=$PWD
-if [ ! -f "$here/train.py" ] && [ -n "${SLURM_JOB_ID:-}" ]; then  # sbatch runs a copy of this file
+[ -f "$here/train.py" ] || [ -z "${SLURM_JOB_ID:-}" ] ||  # sbatch runs a copy of this file
   here=$(dirname "$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=//p' | head -n 1)")
-fi
 [ -f "$here/train.py" ] || refuse "does not know its folder: sbatch /path/to/run.sh"
 cd "$here"
 
@@ -127,12 +126,10 @@ os.execvp(sys.argv[1], sys.argv[1:])" "$@" || status=$?
 
 # train OUTPUT_DIR FLAGS...: a finished run is left alone, an interrupted one goes on.
 train() {
-  local out=$1 status=3 before; shift
+  local out=$1 status=0 before; shift
   before=$(checkpoints "$out")
-  if [ -z "$caught" ]; then
-    attend "$out" ${step[@]+"${step[@]}" "$out"} "${launch[@]}" --output_dir "$out" --resume_from_checkpoint latest \
-      "$@" && status=0 || status=$?
-  fi
+  [ -n "$caught" ] || attend "$out" ${step[@]+"${step[@]}" "$out"} "${launch[@]}" --output_dir "$out" \
+    --resume_from_checkpoint latest "$@" || status=$?
   if [ -z "$caught" ] && [ "$status" = 0 ] && [ -d "$out/final" ]; then return 0; fi
   [ -n "$caught" ] || [ ! -s "$out/stop" ] || caught=USR1  # a task was told of preemption; this script is not
   [ "$status" != 0 ] || [ -n "$caught" ] || [ -e "$out/stop" ] || status=1  # a launcher that is killed says 0

@@ -329,8 +329,9 @@ def test_a_stop_in_a_slow_save_changes_no_weight(
     folder = tmp_path / ("folder" if "HOSTFILE" in environment else "a folder with spaces")
     folder.mkdir()
     (folder / "hosts").write_text("localhost slots=1\n127.0.0.1 slots=1\n")
-    for path in [*HERE.glob("*.py"), *HERE.glob("*.json"), HERE / "run.sh"]:
-        shutil.copy(path, folder)
+    for kind in ("*.py", "*.json", "run.sh", "requirements.txt"):
+        for path in HERE.glob(kind):
+            shutil.copy(path, folder)
     code, main = (folder / "train.py").read_text(), 'if __name__ == "__main__":'
     (folder / "train.py").write_text(
         code.replace(main, SLOW.replace("SECONDS", str(seconds)) + main)
