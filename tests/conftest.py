@@ -798,7 +798,7 @@ while any(task.poll() is None for task in tasks):
     if "--kill-on-bad-exit=1" in flags and any(task.poll() for task in tasks):
         if not told:
             tell(signal.SIGTERM)
-        elif time.monotonic() > told[0] + 2:
+        elif time.monotonic() > told[0] + 1:
             tell(signal.SIGKILL)
 sys.exit(max(task.returncode if task.returncode >= 0 else 128 - task.returncode for task in tasks))"""
 
