@@ -26,7 +26,7 @@ import torch
 from transformers import TextStreamer
 
 import fast
-from cli import Parser, command, number, one_line
+from cli import Parser, command, find_device, number, one_line
 from data import IMAGE, VERSIONS, ChatText, PictureTransform, decode_picture
 from evaluate import open_model
 from model import Llava, open_tokenizer, resolve
@@ -155,10 +155,10 @@ def parse(argv):
 
 @command
 def main(argv=None):
-    args, cuda = parse(argv), torch.cuda.is_available()
+    args, device = parse(argv), find_device()
     folder = resolve(args.model_name_or_path)
     text = ChatText(open_tokenizer(folder, args.adapter), args.version)
-    dtype, device = (torch.bfloat16, "cuda") if cuda else (None, "cpu")
+    dtype = torch.bfloat16 if device == "cuda" else None
     model = fast.enable(open_model(folder, args.adapter, args.bits, dtype, device)).eval()
     options = {"max_new_tokens": args.max_new_tokens, "do_sample": args.temperature > 0}
     if args.temperature > 0:

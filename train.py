@@ -89,7 +89,7 @@ def count_or_off(text: str) -> int:
 def parse(argv) -> argparse.Namespace:
     parser = cli.Parser(description=__doc__.splitlines()[0])
     number, count, rate = cli.number, cli.number(int, 1), cli.number(float, 0, 1e3)
-    gpu, cores = torch.cuda.is_available(), os.cpu_count() or 1
+    gpu, cores = torch.cuda.is_available(), cli.cores()
     group = parser.add_argument_group
 
     add = group("model and data").add_argument
@@ -189,6 +189,10 @@ def contradictions(args) -> list[tuple]:
         (
             args.offload != "none" and not args.deepspeed,
             f"--offload {args.offload} needs --deepspeed ds_zero2.json, or ds_zero3.json",
+        ),
+        (
+            args.deepspeed and not report.is_installed("deepspeed"),
+            "--deepspeed needs the package deepspeed, which is for Linux: leave it out",
         ),
         (
             args.report_to != "none" and not report.is_installed(args.report_to),
@@ -646,7 +650,7 @@ class Run:
 
     def __init__(self, args, source: Path, config: dict | None, run_id: str, same: dict):
         self.args, self.source, self.out = args, source, Path(args.output_dir)
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = cli.find_device()
         self.text = data.ChatText(llava.open_tokenizer(source, args.adapter), args.version)
         self.rows = open_rows(args, args.data_path, source, self.text)
         self.validation = open_rows(args, args.validation_data_path, source, self.text)
@@ -899,7 +903,7 @@ def start_processes(args):
     for name, value in alone.items():
         os.environ.setdefault(name, value)
     torch.backends.cuda.matmul.allow_tf32 = args.tf32
-    if torch.cuda.is_available():
+    if cli.find_device() == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if args.deepspeed:
         import deepspeed
