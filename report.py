@@ -251,6 +251,8 @@ class Log:
             kept = [row for row in read_lines(path) if row["step"] <= step]
             with cli.written(path) as part:
                 append(part, *kept)
+        with cli.written(out / "flags.json") as part:  # for `report.py OUTPUT_DIR`
+            part.write_text(json.dumps(flags, indent=2))
         self.tracker = TRACKERS[self.report_to](out, run_id, step, flags)
 
     def step(self, metrics: dict):
@@ -491,9 +493,9 @@ def main(argv=None):
     out = parser.parse_args(argv).output_dir
     metrics = read_lines(out / "metrics.jsonl")
     evaluated = [m["step"] for m in metrics if "eval_loss" in m]
-    if not evaluated or not (out / "run.json").exists():
-        raise ValueError(f"{out}: has no run.json, and metrics.jsonl with an evaluation: no run")
-    flags = json.loads((out / "run.json").read_text())["args"]
+    if not evaluated:
+        raise ValueError(f"{out}: no metrics.jsonl with an evaluation there, so no run to draw")
+    flags = json.loads((out / "flags.json").read_text())
     answers = [a for a in read_lines(out / "predictions.jsonl") if a["step"] == evaluated[-1]]
     records = data.Records(flags["validation_data_path"])
     pictures = data.Pictures(flags["image_folder"]) if flags["image_folder"] else None
