@@ -419,7 +419,7 @@ def parse(argv):
 def write(folder: Path, flags: dict, metrics: dict, answers: list[dict]):
     """What report.py reads, as of a run."""
     folder.mkdir(parents=True)
-    (folder / "flags.json").write_text(json.dumps(flags, indent=2))
+    (folder / "run.json").write_text(json.dumps({"args": flags}, indent=2))
     rows = {"metrics.jsonl": [metrics], "predictions.jsonl": [{"step": 0, **a} for a in answers]}
     for name, some in rows.items():
         # Half a surrogate pair is no UTF-8; so written, it is JSON's escape for it.

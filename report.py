@@ -251,8 +251,6 @@ class Log:
             kept = [row for row in read_lines(path) if row["step"] <= step]
             with cli.written(path) as part:
                 append(part, *kept)
-        with cli.written(out / "flags.json") as part:  # for `report.py OUTPUT_DIR`
-            part.write_text(json.dumps(flags, indent=2))
         self.tracker = TRACKERS[self.report_to](out, run_id, step, flags)
 
     def step(self, metrics: dict):
@@ -435,9 +433,13 @@ def draw(out: Path, answers: list[dict], records, pictures) -> Image.Image:
 
 def command(script: str, *words) -> str:
     """A call of one of the project's scripts as it can be pasted, in lines of 80 columns."""
-    environment, found = Path(sys.executable).parent, shutil.which("python")
-    python = "python" if found and Path(found).parent == environment else sys.executable
-    script = os.path.relpath(Path(__file__).with_name(script))
+    here, found = Path(__file__).resolve().parent, shutil.which("python")
+    python = sys.executable
+    if Path(sys.prefix).is_relative_to(here):  # run.sh's, which is on its own PATH alone
+        python = os.path.relpath(python)
+    elif found and Path(found).parent == Path(python).parent:
+        python = "python"
+    script = os.path.relpath(here / script)
     parts = [f"  {shlex.quote(python)} {shlex.quote(script)}"]
     for word in map(str, words):
         if word.startswith("--"):
@@ -495,7 +497,7 @@ def main(argv=None):
     evaluated = [m["step"] for m in metrics if "eval_loss" in m]
     if not evaluated:
         raise ValueError(f"{out}: no metrics.jsonl with an evaluation there, so no run to draw")
-    flags = json.loads((out / "flags.json").read_text())
+    flags = json.loads((out / "run.json").read_text())["args"]
     answers = [a for a in read_lines(out / "predictions.jsonl") if a["step"] == evaluated[-1]]
     records = data.Records(flags["validation_data_path"])
     pictures = data.Pictures(flags["image_folder"]) if flags["image_folder"] else None

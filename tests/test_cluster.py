@@ -11,6 +11,8 @@ import torch
 from conftest import HERE, launch, losses_of, run
 
 import bench
+import cli
+import report
 import train
 
 # --- GPUs, and machines without what Linux has ---
@@ -29,10 +31,10 @@ def bare(monkeypatch, tmp_path):
 
 
 def test_a_gpu_that_torch_does_not_see_stops_the_run(bare, world, monkeypatch):
-    train.set_up_gpus()  # where there is none, all is well
+    cli.find_device()  # where there is none, all is well
     monkeypatch.setenv("SLURM_GPUS_ON_NODE", "4")
     with pytest.raises(ValueError, match="SLURM gave this job 4"):
-        train.set_up_gpus()
+        cli.find_device()
     smi = bare / "nvidia-smi"
     smi.write_text("#!/bin/sh\necho 'NVIDIA A100-SXM4-80GB, 535.104.05'")
     smi.chmod(0o755)
@@ -40,15 +42,16 @@ def test_a_gpu_that_torch_does_not_see_stops_the_run(bare, world, monkeypatch):
     assert status == 2 and error.count("\n") == 1 and not (bare / "a").exists()
     assert "NVIDIA A100-SXM4-80GB, driver 535.104.05" in error and "download.pytorch.org" in error
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # on purpose
-    train.set_up_gpus()
+    cli.find_device()
 
 
 def test_one_process_on_many_gpus_is_told_of_the_others(bare, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
-    train.set_up_gpus()
-    assert "one of 8 GPUs" in capsys.readouterr().out
+    assert cli.find_device() == "cuda"
+    report.show_batches(1, 1, 1, 8, 8, 8)
+    assert "GPUs: 1 of 8" in capsys.readouterr().out
     assert os.environ["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
 
 
@@ -61,7 +64,7 @@ def test_training_needs_no_deepspeed_bitsandbytes_nor_affinity(world, tmp_path, 
         return real(name, *rest)
 
     monkeypatch.setattr(builtins, "__import__", hiding)
-    monkeypatch.setattr(train, "is_installed", lambda package: False)
+    monkeypatch.setattr(report, "is_installed", lambda package: False)
     monkeypatch.delattr(os, "sched_getaffinity")
     assert run(world, tmp_path / "a", max_steps=1, dataloader_num_workers=None)[0] == 0
     status, _, error = run(world, tmp_path / "b", deepspeed=HERE / "ds_zero2.json")
