@@ -867,7 +867,7 @@ def start_processes(args):
         sys.stdout = open(os.devnull, "w")  # the first one speaks for all
 
 
-def as_rank(error: Exception) -> str:
+def as_rank(error) -> str:
     """What a rank that fails says. What is wrong for all is rank 0's to say: it ends the others
     before they speak, see `end_rank`.
     """
@@ -876,6 +876,18 @@ def as_rank(error: Exception) -> str:
         return str(error)
     time.sleep(PATIENCE_SECONDS + int(os.environ["LOCAL_RANK"]) / 4)
     return f"rank {rank}: {error}"
+
+
+def in_words(error: Exception, args) -> str:
+    """What a user is told of an error; one that is not theirs to mend is raised again."""
+    text = str(error)
+    if isinstance(error, (EOFError, ConnectionError)) or "DataLoader worker" in text:
+        return "a process that prepares rows has died (killed?): try --dataloader_num_workers 0"
+    if "out of memory" in text or "can't allocate memory" in text:
+        return f"out of memory: try {report.less_memory(args)}"
+    if not isinstance(error, (ValueError, OSError, SafetensorError)):
+        raise error
+    return text
 
 
 @cli.command
@@ -896,12 +908,9 @@ def main(argv=None):
         if dist.is_initialized():  # a rank that fails must not: NCCL would wait for the others
             dist.destroy_process_group()
         return status
-    except (ValueError, OSError, SafetensorError) as error:
-        raise ValueError(as_rank(error)) from None
-    except RuntimeError as error:
-        if not re.search("out of memory|can't allocate memory", str(error)):
-            raise
-        raise ValueError(as_rank(f"out of memory: try {report.less_memory(args)}")) from None
+    except Exception as error:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's raises for each worker that dies
+        raise ValueError(as_rank(in_words(error, args))) from None
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
