@@ -886,7 +886,7 @@ def in_words(error: Exception, args) -> str:
     if "out of memory" in text or "can't allocate memory" in text:
         return f"out of memory: try {report.less_memory(args)}"
     if not isinstance(error, (ValueError, OSError, SafetensorError)):
-        raise error
+        raise error  # a bug, or a library's
     return text
 
 
@@ -949,9 +949,9 @@ def be_a_rank():
     """main() as one of several processes."""
     try:
         status = main()
-    except Exception as error:  # a bug, or a library's
+    except Exception as error:
         traceback.print_exc()
-        print(f"train.py: {as_rank(error)}", file=sys.stderr)
+        print(f"train.py: {as_rank(f'{type(error).__name__}: {error}')}", file=sys.stderr)
         status = 2
     end_rank(status)
 
