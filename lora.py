@@ -416,9 +416,9 @@ def read_adapter(folder, base=None, rename=str, model=None):
     config["modules_to_save"] = whole_paths(config["modules_to_save"], shapes, folder / CONFIG)
     tensors = read_tensors(folder / WEIGHTS)
     tensors = {rename(key.removeprefix(PREFIX)): tensor for key, tensor in tensors.items()}
+    check_keys(tensors, shapes, config, folder)
     if not any(key.endswith(A_KEY) for key in tensors):
         raise ValueError(f"{folder / WEIGHTS}: no adapter of any layer in it")
-    check_keys(tensors, shapes, config, folder)
     known = config.get("base_fingerprint")
     if base and known and known != fingerprint(on_disk, rename):
         raise ValueError(
