@@ -95,9 +95,9 @@ def upright(image: Image.Image) -> Image.Image:
 
 
 def to_8_bits(image: Image.Image) -> Image.Image:
-    """Greys of 16 bits divided by 257; of 32, and floats, spread from the lowest to the highest.
+    """Greys of 16 bits by 257; of 32, and floats, from their lowest to their highest value.
 
-    What is not finite becomes 0, and so does a picture of one value. (Pillow would clip at 255.)
+    What is not finite becomes 0, and so does a constant. (Pillow would clip all at 255.)
     """
     sixteen = image.mode.startswith("I;16")
     if not sixteen and image.mode not in ("I", "F"):
@@ -149,9 +149,7 @@ class PictureTransform:
         pads = config.get("do_pad")
         crops = config.get("crop_size") and config.get("do_center_crop", True)
         if not size or not (pads or crops):
-            raise ValueError(
-                f"{path}: neither do_pad nor crop_size makes pictures square, of a size"
-            )
+            raise ValueError(f"{path}: neither do_pad nor crop_size makes pictures square")
         own = "pad" if pads else "square"
         return cls(size, config["image_mean"], config["image_std"], aspect_ratio or own)
 
@@ -163,8 +161,11 @@ class PictureTransform:
             image = centre(image, *(min(n, 16 * min(image.size)) for n in image.size))
         resized = [self.size * n // min(image.size) for n in image.size]
         image = centre(image.resize(resized, Image.Resampling.BICUBIC), self.size, self.size)
-        pixels = (np.asarray(image, np.float32) / 255 - self.mean) / self.std  # (S, S, 3)
-        return np.ascontiguousarray(pixels.transpose(2, 0, 1))  # (3, S, S)
+        channels = np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))  # (3, S, S)
+        pixels = channels / np.float32(255)
+        pixels -= self.mean[:, None, None]  # in place, channels first: 8 times as fast
+        pixels /= self.std[:, None, None]
+        return pixels
 
 
 def centre(image: Image.Image, width: int, height: int) -> Image.Image:
@@ -293,9 +294,8 @@ def named_template(version: str, has_bos: bool) -> str:
 def as_llava_has_it(messages: list[dict], control: re.Pattern) -> list[dict]:
     """The turns with a question's only picture first, as LLaVA's preprocess_multimodal puts it.
 
-    An answer loses empty lines in front: a token of the template's newline would swallow them.
-    Raises ValueError where a turn says what only templates may: </s>, or <image> in an answer. The
-    tokenizer would take it for the end of a turn, or for a picture.
+    An answer loses empty lines in front, which the token of the template's newline would swallow.
+    Raises ValueError where a turn says what only templates may: </s>, or <image> in an answer.
     """
     changed = []
     for message in messages:
@@ -322,7 +322,7 @@ class ChatText:
     .......................... prompt, ignored ........................^^^^^^^^^^^^^^^^^..
                                                                        answer and end token
 
-    chat_template   what a model folder is given, for transformers and all that builds on it
+    chat_template   what a model folder is given
     stop_ids        the ids that end an answer
     """
 
@@ -348,9 +348,9 @@ class ChatText:
             self.adopt(own if version == "own" else named_template(version, bool(self.bos)))
 
     def adopt(self, template: str | None):
-        """Has a template take strings and parts; finds what begins and what ends an answer.
+        """Has a template take strings and parts; finds what begins and ends an answer.
 
-        Raises ValueError where it cannot teach, tried on a conversation of two questions.
+        Raises ValueError where it cannot teach, tried on two questions.
         """
         if not template:
             raise ValueError("the model folder has no chat template: name one with --version v1")
@@ -417,7 +417,8 @@ class ChatText:
         """
         at, answers = 0, []
         for n, (role, content) in enumerate(message.values() for message in messages):
-            said, fault = content.strip(), ""  # many templates strip
+            said, fault = content.strip(), None  # many templates strip
+            place = text.find(said, at)
             if role == "assistant":
                 end = self.control.search(text, at)
                 shown = text[at : end.start()] if end else text[at:]
@@ -426,15 +427,15 @@ class ChatText:
                 else:
                     answers.append((at, end.end()))
                     at = end.end()
-            elif text.find(said, at) < 0:
+            elif place < 0:
                 fault = f"drops the {role} turn: remove it"
             elif role == "user":
-                begin = text.find(self.begin, text.find(said, at) + len(said))
-                fault = "begins an answer otherwise than its generation prompt ends" * (begin < 0)
+                begin = text.find(self.begin, place + len(said))
                 at = begin + len(self.begin)
-            else:  # in front of the first question, or, as Mistral has it, of the last
-                behind = text.find(said, at) + len(said)
-                at = behind if text.find(messages[n + 1]["content"].strip(), behind) >= 0 else at
+                if begin < 0:
+                    fault = "begins an answer otherwise than its generation prompt ends"
+            elif text.find(messages[n + 1]["content"].strip(), place + len(said)) >= 0:
+                at = place + len(said)  # else it stands, as Mistral's, before the last question
             if fault:
                 raise ValueError(f"the chat template {fault}: {ANOTHER}")
         return answers
@@ -463,7 +464,8 @@ def parse_record(row: dict) -> tuple[list[dict], list[str]]:
         turns = [{"role": "system", "content": row["system"]}, *turns]
     said, pictures = [], []
     for found in (row.get("image"), row.get("images")):
-        pictures += found if isinstance(found, list) else [] if found is None else [found]
+        if found is not None:
+            pictures += found if isinstance(found, list) else [found]
     for n, turn in enumerate(turns, 1):
         content, names = read_content(turn.get("value", turn.get("content")))
         said.append((n, ROLES.get(str(turn.get("from", turn.get("role")))), content))
@@ -496,6 +498,7 @@ def read_content(content) -> tuple[str | None, list[str]]:
 
 
 def image_list(row: dict) -> list[str]:
+    """The names of a row's pictures, wherever they stand."""
     return parse_record(row)[1]
 
 
@@ -548,10 +551,8 @@ def read_rows(path: Path) -> list:
         before = content[: error.start] if isinstance(error, UnicodeDecodeError) else b""
         line += getattr(error, "lineno", 1) - 1 + before.count(b"\n")
         reason = getattr(error, "msg", error)
-    raise ValueError(
-        f"{path}: line {line}: not JSON ({reason}); wanted is a list, or one a line, of rows such "
-        f"as {ROW}"
-    )
+    wanted = f"wanted are rows, in a list or one a line, such as {ROW}"
+    raise ValueError(f"{path}: line {line}: not JSON ({reason}); {wanted}")
 
 
 class Records:
@@ -688,10 +689,10 @@ def open_dataset(
     """
     text = text or ChatText(tokenizer, version)
     if text.image_token_id != config.image_token_id:
-        raise ValueError(
-            f"{folder}: {IMAGE} is {text.image_token_id} for the tokenizer, but "
-            f"{config.image_token_id} in config.json"
+        theirs = (
+            f"{text.image_token_id} for the tokenizer, but {config.image_token_id} in config.json"
         )
+        raise ValueError(f"{folder}: {IMAGE} is {theirs}")
     vision = config.vision_config  # one token for each patch, and CLIP's CLS where it is kept
     tokens_per_picture = (vision.image_size // vision.patch_size) ** 2
     tokens_per_picture += vision.model_type == "clip_vision_model"
@@ -742,8 +743,7 @@ class Collator:
 
 
 def plan_epoch(lengths, has_picture, global_batch: int, seed: int, epoch: int, by_modality: bool):
-    """The rows of each optimizer step: (steps, global_batch) int64, each with its
-    longest row first, -1 for none.
+    """The rows of each optimizer step, the longest first: (steps, global_batch) int64; -1 is none.
 
     A function of its arguments alone, so ranks, restarts and other splits into micro-batches agree.
     With `by_modality` a step has rows of one kind (with pictures, or without), of similar length.

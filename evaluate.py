@@ -136,6 +136,11 @@ class Question:
     shown: dict  # {row, id, question, answer}, and kind where the row names it
 
 
+def composed(text: str) -> str:
+    """A letter and its accent as one character, however they were typed."""
+    return unicodedata.normalize("NFC", text)
+
+
 class Judge:
     """Compares answers, without what the template of `text` puts in front of each."""
 
@@ -150,13 +155,13 @@ class Judge:
 
     def compared(self, answer: str) -> str:
         answer = answer.split("\n")[0] if self.text.version == "plain" else answer
-        answer = answer.strip().removeprefix(self.added.strip()).strip()
-        return unicodedata.normalize("NFC", answer)  # an accent is part of its letter
+        return answer.strip().removeprefix(self.added.strip()).strip()
 
     def judge(self, question: Question, ids: list[int]) -> dict:
         """{row, id, question, answer, prediction, right}, and what else there is to say."""
         prediction = self.decode(ids)
-        told = {**question.shown, "prediction": prediction, "right": prediction in question.right}
+        told = {**question.shown, "prediction": prediction}
+        told["right"] = composed(prediction) in map(composed, question.right)
         if not set(ids) & set(self.text.stop_ids):
             told["cut"] = True  # by --max_new_tokens
         if question.people:
@@ -248,7 +253,7 @@ def plan(dataset, size: int, engine) -> list[list[int]]:
     for row in range(len(dataset)):
         try:
             _, names = data.parse_record(dataset.records[row])
-        except ValueError:  # which is said when it is loaded
+        except (ValueError, RecursionError):  # which is said when it is loaded
             names = []
         groups.setdefault(tuple(names) or row, []).append(row)
     for rows in groups.values():
@@ -295,16 +300,21 @@ def advice_where_memory_ends(batch_size: int):
         raise ValueError(f"out of memory in an evaluation: try {fewer}") from None
 
 
-def means(answers: list[dict]) -> dict:
-    """{eval_exact_match, eval_vqa_accuracy}, and of each kind, as eval_exact_match/colour."""
-    scores = {}
+def figures(path: Path, loss, right, tokens, answers: list[dict]) -> dict:
+    """The means that metrics.jsonl has of an evaluation: over the tokens of a file's rows, over the
+    answers, and over those to each kind of question, as eval_exact_match/colour.
+    """
+    if not tokens or not math.isfinite(loss):
+        fault = f"the loss on its rows is {loss}" if tokens else "none of its rows can be used"
+        raise ValueError(f"{path}: {fault}")
+    scores = {"eval_loss": [loss / tokens], "eval_token_accuracy": [right / tokens]}
     for told in answers:
         for name, key in (("eval_exact_match", "right"), ("eval_vqa_accuracy", "vqa_accuracy")):
             if key in told:
                 scores.setdefault(name, []).append(told[key])
             if key in told and "kind" in told:
                 scores.setdefault(f"{name}/{told['kind']}", []).append(told[key])
-    return {name: sum(found) / len(found) for name, found in sorted(scores.items())}
+    return {name: sum(found) / len(found) for name, found in scores.items()}
 
 
 @torch.no_grad()
@@ -342,13 +352,9 @@ def evaluate(
             sums += loss.item(), right.item(), (labels >= 0).sum().item()
             asker.take(batch, features)
         asker.ask(1)
-    loss, right, tokens = engine.sum(*sums.tolist())
-    if not tokens or not math.isfinite(loss):
-        fault = f"the loss on its rows is {loss}" if tokens else "none of its rows can be used"
-        raise ValueError(f"{dataset.records.path}: {fault}")
     answers = [told for _, told in sorted(engine.gather(asker.answers), key=lambda pair: pair[0])]
-    metrics = {"step": step, "eval_loss": loss / tokens, "eval_token_accuracy": right / tokens}
-    return metrics | means(answers), answers
+    found = figures(dataset.records.path, *engine.sum(*sums.tolist()), answers)
+    return {"step": step} | found, answers
 
 
 def shares(metrics: dict, kind: str = "") -> str:

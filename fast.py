@@ -2,11 +2,21 @@
 
     model = fast.enable(model)    # a Llava, or AutoModelForCausalLM.from_pretrained("...")
 
-    cross entropy    loss and gradient in parts, in the memory of the logits
-    LoRA             one function for the product; dropout draws the places of its zeros
-    RMSNorm, SwiGLU  what they keep for the backward pass
-    attention        on CPUs in bf16, a backward pass of its own
-    freed memory     kept by the process (glibc)
+                     what is gained                             how it was measured
+    cross entropy    2.2 bytes a logit for 12, in half the      2,000 x 151,936 logits in bf16, peak
+                     time                                       of forward and backward
+    LoRA             0.7 bytes kept for each number of the      what autograd saves, dropout 5 %, r an
+                     input for 4.2, a step a tenth shorter      eighth of the width; bench.py
+    RMSNorm          2 bytes kept for each number for 6, a      what autograd saves; bench.py
+                     step a tenth shorter
+    SwiGLU           6 bytes kept for each number of the        what autograd saves
+                     MLP's width for 8
+    attention        53 ms a layer for 67                       4 x 784 tokens, 9 heads of 64
+    freed memory     a step of `full` a quarter shorter, one    bench.py
+                     of LoRA 6 %
+
+(bench.py: --shape 135m --dtype bf16 on 2 CPU cores, with and without the entry.) A step of a small
+plain Llama of transformers, 4 x 512 tokens and 32,000 words in bf16, peaks at 158 MiB for 768.
 
 Everything works without this file, slower and larger. Layers are recognised by the names of their
 classes; those of other families stay as they are. Where numbers are not equal to the last bit, they
@@ -34,29 +44,40 @@ def at_least_fp32(dtype):
 # --- cross entropy ---
 
 
+def in_parts(logits):
+    """Pairs (a slice of rows, their logits in fp32), one after the other.
+
+    The second is 32 MiB of memory that all parts use in turn, and may be written to.
+    """
+    rows = max(2**23 // logits.shape[-1], 1)
+    shape = min(rows, len(logits)), logits.shape[-1]
+    memory = logits.new_empty(shape, dtype=at_least_fp32(logits.dtype))
+    for start in range(0, len(logits), rows):
+        here = slice(start, start + rows)
+        yield here, memory[: len(logits[here])].copy_(logits[here])
+
+
 class CrossEntropy(torch.autograd.Function):
     """The summed cross entropy of logits (S, V) for targets (S,), and how many are predicted right.
 
         loss        log(sum(exp(logits))) - logits[target]
         gradient    exp(logits - log(sum(exp(logits)))) - one_hot(target)
 
-    Both are computed in fp32 for some rows at a time, and the backward pass writes the gradient
-    over the logits, which nothing else reads by then. (If something does, autograd raises an
-    error.) A target below 0 is none: no loss, and a gradient of zero.
+    torch makes five tensors of the logits' size on the way, most of them in fp32. Here both are
+    computed for some rows at a time, and the backward pass writes the gradient over the logits,
+    which nothing else reads by then. (If something does, autograd raises an error.) A target below
+    0 is none: no loss, and a gradient of zero.
     """
 
     @staticmethod
     def forward(ctx, logits, targets):
-        rows, scratch = some_rows(logits)
-        log_sums = scratch.new_empty(len(logits), 1)
+        log_sums = logits.new_empty(len(logits), 1, dtype=at_least_fp32(logits.dtype))
         losses, best = torch.empty_like(log_sums), torch.empty_like(targets)
-        for i in range(0, len(logits), rows):
-            here = slice(i, i + rows)
-            logit = scratch[: len(targets[here])].copy_(logits[here])
+        for here, logit in in_parts(logits):
             target_logit = logit.gather(-1, targets[here, None].clamp(min=0))
             highest, best[here] = logit.max(-1)
-            logit.sub_(highest[:, None]).exp_()
-            log_sums[here] = logit.sum(-1, keepdim=True).log_().add_(highest[:, None])
+            sums = logit.sub_(highest[:, None]).exp_().sum(-1)  # at most V: nothing overflows
+            log_sums[here, 0] = sums.log_().add_(highest)
             losses[here] = log_sums[here] - target_logit
         ctx.save_for_backward(logits, targets, log_sums)
         right = (best == targets).sum()
@@ -67,23 +88,13 @@ class CrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dloss, _):
         logits, targets, log_sums = ctx.saved_tensors
-        rows, scratch = some_rows(logits)
         factors = torch.where(targets >= 0, dloss, 0)[:, None]  # (S, 1)
-        targets = targets.clamp(min=0)[:, None]
-        ones = torch.ones_like(log_sums)
-        for i in range(0, len(logits), rows):
-            here = slice(i, i + rows)
-            grad = scratch[: len(ones[here])].copy_(logits[here]).sub_(log_sums[here]).exp_()
-            grad.scatter_add_(-1, targets[here], -ones[here])
+        targets, minus_one = targets.clamp(min=0)[:, None], -torch.ones_like(log_sums)
+        for here, logit in in_parts(logits):
+            grad = logit.sub_(log_sums[here]).exp_()
+            grad.scatter_add_(-1, targets[here], minus_one[here])
             logits[here] = grad.mul_(factors[here])
         return logits, None
-
-
-def some_rows(logits):
-    """How many rows make 32 MiB of logits in fp32, and memory for those, used again and again."""
-    rows = max(2**23 // logits.shape[-1], 1)
-    dtype = torch.promote_types(logits.dtype, torch.float32)
-    return rows, logits.new_empty(min(rows, len(logits)), logits.shape[-1], dtype=dtype)
 
 
 def cross_entropy(logits, targets):

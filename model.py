@@ -66,6 +66,7 @@ class VisionTower(nn.Module):
         tower = AutoModel.from_config(vision)
         self.vision_model = getattr(tower, "vision_model", tower)  # transformers has both layouts
         self.vision_model.post_layernorm = nn.Identity()
+        # "default" leaves CLIP's CLS out, which stands in front; "full" takes all, as SigLIP has none.
         self.first = 1 if config.vision_feature_select_strategy == "default" else 0
 
     def forward(self, pixel_values):
@@ -104,7 +105,6 @@ class Llava(nn.Module):
 
     def __init__(self, config: LlavaConfig):
         super().__init__()
-        check_config(config)
         self.config = config
         kind = getattr(config, "mm_projector_type", "mlp2x_gelu")
         vision, text = config.vision_config, config.text_config
@@ -173,45 +173,6 @@ class Llava(nn.Module):
             pad_token_id=eos_token_id[0],
             suppress_tokens=[self.config.image_token_id],
             **options,
-        )
-
-
-# --- what this model would run differently from what a folder means ---
-
-
-def check_config(config: LlavaConfig):
-    """Refuses, by its name, an entry of config.json that is not supported."""
-    tower, layer = config.vision_config, config.vision_feature_layer
-    layers = tower.num_hidden_layers + 1  # with the embeddings
-    act, bias = config.projector_hidden_act, config.multimodal_projector_bias
-    image, words = config.image_token_id, config.text_config.vocab_size
-    quantized = getattr(config, "quantization_config", None)
-    is_layer = isinstance(layer, int) and -layers <= layer < 0
-    for name, value, supported, expected in (
-        ("vision_config", tower.model_type, tower.model_type in TOWERS, " or ".join(TOWERS)),
-        ("vision_feature_layer", layer, is_layer, f"one number from -{layers} to -1"),
-        ("projector_hidden_act", act, act == "gelu", "gelu"),
-        ("multimodal_projector_bias", bias, bias, "True"),
-        ("image_token_index", image, image < words, f"one of the {words} embeddings"),
-        ("quantization_config", quantized, not quantized, "a folder in 16 or 32 bits"),
-    ):
-        if not supported:
-            raise ValueError(f"config.json: {name} is {value!r}, supported is {expected}")
-
-
-@torch.no_grad()
-def check_head(language_model):
-    """Refuses a language model whose logits are no plain linear of its last hidden state."""
-    head = language_model.get_output_embeddings()
-    ids = torch.arange(1, 5, device=head.weight.device)[None]
-    out = language_model(input_ids=ids, output_hidden_states=True, use_cache=False)
-    # Equal to the bit: a soft cap or scale hardly shows on the small logits of an untrained model.
-    same = torch.equal(out.logits.float(), head(out.hidden_states[-1]).float())
-    if not same or head.bias is not None:
-        raise ValueError(
-            f"{language_model.config.model_type}: its logits are no plain linear of its last "
-            "hidden state (a soft cap, a scale or a bias), so a LLaVA of it would differ from what "
-            "it was trained as: take a model of Llama's kind"
         )
 
 
@@ -318,6 +279,18 @@ def tidy(tensors: dict, config: LlavaConfig) -> dict:
 # --- loaded: names and shapes match exactly, weights are mapped from the file and cast last ---
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold a folder's weights: one, or the shards that an index names."""
+    for stem in ("model.safetensors", "pytorch_model.bin"):
+        index = folder / f"{stem}.index.json"
+        if (folder / stem).is_file():
+            return [folder / stem]
+        if index.is_file():
+            names = read_json(index)["weight_map"].values()
+            return [folder / name for name in sorted(set(names))]
+    raise FileNotFoundError(f"{folder}: no model.safetensors, nor pytorch_model.bin, nor an index")
+
+
 def open_weights(folder: Path) -> dict:
     """{name: tensor} of a folder's weights, mapped from its files: read when they are used."""
     tensors = {}
@@ -330,18 +303,6 @@ def open_weights(folder: Path) -> dict:
         except Exception as error:  # both raise nearly anything
             raise ValueError(f"{path}: missing, damaged, or no weights ({error})") from None
     return tensors
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The files that hold a folder's weights: one, or the shards that an index names."""
-    for stem in ("model.safetensors", "pytorch_model.bin"):
-        index = folder / f"{stem}.index.json"
-        if (folder / stem).is_file():
-            return [folder / stem]
-        if index.is_file():
-            names = read_json(index)["weight_map"].values()
-            return [folder / name for name in sorted(set(names))]
-    raise FileNotFoundError(f"{folder}: no model.safetensors, nor pytorch_model.bin, nor an index")
 
 
 class EmptyOnMeta(torch.overrides.TorchFunctionMode):
@@ -386,6 +347,42 @@ def load_weights(model: Llava, tensors: dict, where: str, dtype=None, device="cp
         model.language_model.get_output_embeddings().weight = embeddings.weight
 
 
+def check_config(config: LlavaConfig):
+    """Refuses, by its name, an entry of config.json that is not supported."""
+    tower, layer = config.vision_config, config.vision_feature_layer
+    layers = tower.num_hidden_layers + 1  # with the embeddings
+    act, bias = config.projector_hidden_act, config.multimodal_projector_bias
+    image, words = config.image_token_id, config.text_config.vocab_size
+    quantized = getattr(config, "quantization_config", None)
+    is_layer = isinstance(layer, int) and -layers <= layer < 0
+    for name, value, supported, expected in (
+        ("vision_config", tower.model_type, tower.model_type in TOWERS, " or ".join(TOWERS)),
+        ("vision_feature_layer", layer, is_layer, f"one number from -{layers} to -1"),
+        ("projector_hidden_act", act, act == "gelu", "gelu"),
+        ("multimodal_projector_bias", bias, bias, "True"),
+        ("image_token_index", image, image < words, f"one of the {words} embeddings"),
+        ("quantization_config", quantized, not quantized, "a folder in 16 or 32 bits"),
+    ):
+        if not supported:
+            raise ValueError(f"config.json: {name} is {value!r}, supported is {expected}")
+
+
+@torch.no_grad()
+def check_head(language_model):
+    """Refuses a language model whose logits are no plain linear of its last hidden state."""
+    head = language_model.get_output_embeddings()
+    ids = torch.arange(1, 5, device=head.weight.device)[None]
+    out = language_model(input_ids=ids, output_hidden_states=True, use_cache=False)
+    # Equal to the bit: a soft cap or scale hardly shows on the small logits of an untrained model.
+    same = torch.equal(out.logits.float(), head(out.hidden_states[-1]).float())
+    if not same or head.bias is not None:
+        raise ValueError(
+            f"{language_model.config.model_type}: its logits are no plain linear of its last "
+            "hidden state (a soft cap, a scale or a bias), so a LLaVA of it would differ from what "
+            "it was trained as: take a model of Llama's kind"
+        )
+
+
 def from_pretrained(folder: str | Path, dtype=None, device="cpu", quantize=None) -> Llava:
     """The model of a LLaVA folder or hub id, weights mapped from its files and cast to `dtype` last.
 
@@ -398,6 +395,7 @@ def from_pretrained(folder: str | Path, dtype=None, device="cpu", quantize=None)
         raise ValueError(
             f"{folder}: a {config.model_type} folder, not a LLaVA: make one with build.py"
         )
+    check_config(config)
     with EmptyOnMeta():
         model = Llava(config)
     load_weights(model, open_weights(folder), str(folder), dtype, device, quantize)

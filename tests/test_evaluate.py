@@ -46,9 +46,6 @@ def row(question, answer, *pictures, **more):
     return {"image": list(pictures), "conversations": turns, **more}
 
 
-# --- losses and answers ---
-
-
 def test_evaluation_equals_transformers(world):
     """Loss of each token, and greedy answers, whatever the batch; the model trains on after it."""
     reference = LlavaForConditionalGeneration.from_pretrained(world / "llava").eval()
@@ -131,7 +128,7 @@ def test_all_tokens_right_means_all_answers_right(world, tmp_path, kind):
     )
     assert status == 0, error
     last = evaluations_of(tmp_path / "out")[-1]
-    assert last["eval_token_accuracy"] == 1 and last["eval_exact_match"] == 1
+    assert last["eval_token_accuracy"] == last["eval_exact_match"] == 1
     told = [json.loads(line) for line in (tmp_path / "out/predictions.jsonl").open()][-2:]
     assert not any("think" in a["prediction"] or "cut" in a for a in told)
 
@@ -267,7 +264,7 @@ def test_vqa_accuracy_leaves_one_answer_out():
 
 PIECES = """frog yes no Two none ten eleven 1,000 3.5 3. U.S.A. 5:30 red/blue t-shirt (left) dont don't
     somebody'd somebodyd id've youdve y'alld've ow's'at oclock its it's a an The wi-fi what? x;y "so" [b]
-    Größe 数字 .5 ...... 1,2-3 {c} a_b x=y c++ <d> e@f `g h! \\i"""
+    Größe 数字 .5 ........................................ 1,2-3 {c} a_b x=y c++ <d> e@f `g h! \\i"""
 
 
 def vqa_pairs(seed, count):

@@ -395,6 +395,9 @@ def test_only_training_in_bf16_has_attention_of_its_own(dtype, monkeypatch):
     calls.clear()
     model.vision_tower.requires_grad_(False)
     model.language_model(inputs_embeds=model.embed(ids, pixels), attention_mask=mask)
+    for layer in model.train().language_model.base_model.layers:
+        layer.self_attn.attention_dropout = 0.1
+    model(ids, pixels, labels)
     assert not calls
 
 

@@ -262,6 +262,8 @@ def test_a_saved_folder_is_its_source_to_the_bit(tmp_path, old):
     assert {file.stat().st_mode & 0o777 for file in new.iterdir()} == {0o644}
     assert {file.name for file in new.iterdir()} == {file.name for file in folder.iterdir()}
     assert (new / "tokenizer.json").read_text() == "any"
+    configs = [json.loads((path / "config.json").read_text()) for path in (folder, new)]
+    assert configs[0] == configs[1]
     before = {llava.canonical(name): t for name, t in tensors_of(folder).items()}
     before.pop(f"{TOWER}embeddings.position_ids", None)
     after = tensors_of(new)
@@ -269,6 +271,12 @@ def test_a_saved_folder_is_its_source_to_the_bit(tmp_path, old):
     assert all(torch.equal(before[name], after[name]) for name in before)
     unused = [name for name in after if re.search(r"layers\.2\.|post_layernorm", name)]
     assert len(unused) == 18 and not any(name in model.state_dict() for name in unused)
+
+
+def test_a_config_keeps_no_path_of_this_machine(tmp_path):
+    LlamaConfig().save_pretrained(tmp_path)
+    config = LlavaConfig(text_config=llava.read_config(tmp_path))
+    assert str(tmp_path) not in config.to_json_string()
 
 
 def test_what_was_trained_is_saved_in_place_of_the_models_own(good, tmp_path):

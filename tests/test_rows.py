@@ -176,13 +176,13 @@ def test_records_come_back_as_they_were(tmp_path):
         ("a.jsonl", '{"id": 1}\n\n{"id"', "a.jsonl: line 3: not JSON"),
         ("a.jsonl", b'{"id": 1}\n{"id": "\xff"}', "a.jsonl: line 2: not JSON"),
         ("a.json", '[{"id": 1},\n{}] x', "a.json: line 2: not JSON"),
-        ("a.json", '{\n  "id": 1\n}', "a.json: line 1: not JSON .*a list, or one a line"),
+        ("a.json", '{\n  "id": 1\n}', "a.json: line 1: not JSON .*in a list or one a line"),
         ("a.json", "[1,]", "not JSON"),
         ("a.json", b'[{},\n{},\n{"id": "\xff"}]', "a.json: line 3: not JSON"),
         (
             "a.csv",
             "image,question\na.png,What?",
-            'line 1: not JSON .*rows .*such as {"image": "a.jpg"',
+            'line 1: not JSON .*rows.*such as {"image": "a.jpg"',
         ),
         ("a.json", "[]", "no rows"),
         ("a.json", "", "no rows"),
@@ -251,7 +251,7 @@ def test_pictures_keep_the_order_of_their_placeholders(open_rows):
         collate([{**dataset[2], "pixel_values": torch.zeros(0, 3, 336, 336)}])
 
 
-def test_long_row_loses_the_end_of_its_answer_never_a_picture(open_rows):
+def test_a_long_row_loses_its_end_never_a_picture(open_rows):
     rows = [
         row([f"{IMAGE}\nWhat?", "one two three four five six"], id="long", image="1.png"),
         row([f"{IMAGE} a", "b", f"c {IMAGE}", "d"], id="two", image=["1.png", "0.png"]),
@@ -389,7 +389,7 @@ class Loaded(torch.utils.data.Dataset):
 
 
 @pytest.mark.long
-def test_600_000_rows_open_in_a_minute_and_workers_stay_small(tiny, tmp_path):
+def test_600_000_rows_open_fast_and_workers_stay_small(tiny, tmp_path):
     n, picture = 600_000, encoded(noise(64, 48), "JPEG")
     said = ["organization is synonymous with azaleas .", "a man in front of the house on the beach"]
     with open(tmp_path / "chat.json", "w") as file:
