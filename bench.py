@@ -9,7 +9,8 @@ so that no speed is bought with wrong numbers (dropout draws differently on the 
     python bench.py --shape tiny                          two minutes on two cores
     python bench.py --shape 135m --json bench.json        an hour; adds to what bench.json holds
     python bench.py --shape 135m --cases use_lora --peers --micro_batch 1 4 16 --mix 600 1200 2048
-    python bench.py --shape 7b --cases use_lora qlora --steps 20 --micro_batch 16    on a GPU
+    python bench.py --shape 7b --cases use_lora qlora --micro_batch 16 --steps 8 --gradient_checkpointing
+        --peers checkpointing    on a GPU, with 30 GB of disk; cluster.md has what it must show
 
 Weights and rows are random, made on the spot. peak is the most memory that a process held (on a GPU
 the most that torch allocated there), rate the share of the device's rate in products of 4096 x 4096
@@ -76,6 +77,7 @@ def make_model(shape: str, dtype, out: Path):
     (width, layers, heads, kv_heads, mlp, words), tower = SHAPES[shape]
     torch.manual_seed(0)
     torch.set_default_dtype(dtype)
+    torch.set_default_device("cuda" if torch.cuda.is_available() else "cpu")  # draws 7B in seconds
     text = LlamaForCausalLM(
         LlamaConfig(
             hidden_size=width,
@@ -99,6 +101,7 @@ def make_model(shape: str, dtype, out: Path):
         )
     )
     torch.set_default_dtype(torch.float32)
+    torch.set_default_device(None)
     for part, name in ((text, "text"), (vision, "vision")):
         part.save_pretrained(out / name)
     tokenizer = llava.open_tokenizer(out / "tiny")  # that of the tiny model: words do not matter
@@ -179,7 +182,7 @@ def flags_of(job: dict) -> list[str]:
         "--model_max_length",
         "4096",
         "--gradient_checkpointing",
-        "False",
+        str(job["gradient_checkpointing"]),
         "--bf16",
         str(job["dtype"] == "bf16"),
         "--dataloader_num_workers",
@@ -533,6 +536,11 @@ def parse(argv):
         default="bf16" if torch.cuda.is_available() else "fp32",
         help="bf16 is what a GPU, or a CPU with AMX, is for",
     )
+    add(
+        "--gradient_checkpointing",
+        action="store_true",
+        help="ours; the peer's is --peers checkpointing",
+    )
     add("--workers", type=int, default=2, help="processes that prepare batches")
     add("--product", type=int, default=4096, help="side of the matrices that tell the rate")
     add("--json", help="file of results; those that it holds already count too")
@@ -572,6 +580,7 @@ def bench(args, work: Path) -> dict:
                 "side": side,
                 "steps": args.steps,
                 "dtype": args.dtype,
+                "gradient_checkpointing": args.gradient_checkpointing,
                 "workers": args.workers,
                 "work": str(work),
                 "model": str(model),
@@ -590,7 +599,7 @@ def machine() -> str:
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    return f"{len(os.sched_getaffinity(0))} cores of {names[0] if names else 'a CPU'}"
+    return f"{train.cores()} cores of {names[0] if names else 'a CPU'}"
 
 
 def main(argv=None) -> int:

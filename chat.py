@@ -26,7 +26,7 @@ import torch
 from transformers import TextStreamer
 
 import fast
-from cli import Parser, command, number, one_line
+from cli import Parser, command, find_device, number, one_line
 from data import IMAGE, VERSIONS, ChatText, PictureTransform, decode_picture
 from evaluate import open_model
 from model import Llava, open_tokenizer, resolve
@@ -40,9 +40,9 @@ def reply(model: Llava, text: ChatText, messages: list[dict], pixels: list, **op
     ids = torch.tensor(text.ids_and_labels(messages, prompt=True)[0], device=device)
     times = torch.where(ids == config.image_token_id, model.tokens_per_picture, 1)
     ids = ids.repeat_interleave(times)[None]  # (1, T)
-    known = getattr(config.text_config, "max_position_embeddings", math.inf)
-    if ids.shape[1] >= known:
-        raise ValueError(f"{ids.shape[1]} tokens, but the language model learnt {known} at most")
+    limit = getattr(config.text_config, "max_position_embeddings", math.inf)
+    if ids.shape[1] >= limit:
+        raise ValueError(f"{ids.shape[1]} tokens, and the language model learnt {limit} positions")
     pictures = torch.stack(pixels) if pixels else torch.zeros(0, 3, 1, 1)
     new = model.generate(ids, pictures.to(device), torch.ones_like(ids), text.stop_ids, **options)
     return text.tokenizer.decode(new[0], skip_special_tokens=True).strip()
@@ -155,10 +155,10 @@ def parse(argv):
 
 @command
 def main(argv=None):
-    args, cuda = parse(argv), torch.cuda.is_available()
+    args, device = parse(argv), find_device()
     folder = resolve(args.model_name_or_path)
     text = ChatText(open_tokenizer(folder, args.adapter), args.version)
-    dtype, device = (torch.bfloat16, "cuda") if cuda else (None, "cpu")
+    dtype = torch.bfloat16 if device == "cuda" else None
     model = fast.enable(open_model(folder, args.adapter, args.bits, dtype, device)).eval()
     options = {"max_new_tokens": args.max_new_tokens, "do_sample": args.temperature > 0}
     if args.temperature > 0:

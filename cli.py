@@ -16,9 +16,11 @@ import functools
 import math
 import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from transformers.utils import logging
 
@@ -93,6 +95,45 @@ def check_new(out: str | Path) -> Path:
     if os.path.lexists(out):
         raise ValueError(f"{out}: exists already; name a new folder")
     return Path(out)
+
+
+def cores() -> int:
+    """The cores that this process may use: a container or SLURM may have made them fewer."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def unseen_gpu() -> str:
+    """What shows that this machine, or job, has a GPU, or nothing."""
+    query = "nvidia-smi --query-gpu=name,driver_version --format=csv,noheader"
+    if shutil.which("nvidia-smi"):
+        found = subprocess.run(query.split(), capture_output=True, text=True)
+        if found.returncode == 0 and found.stdout:
+            name, driver = found.stdout.splitlines()[0].rsplit(", ", 1)
+            return f"nvidia-smi lists {name}, driver {driver}"
+    given = os.environ.get("SLURM_GPUS_ON_NODE", "0")
+    if given != "0":
+        return f"SLURM gave this job {given} GPU(s) on this node"
+    return "there is /dev/nvidia0" if os.path.exists("/dev/nvidia0") else ""
+
+
+def find_device() -> str:
+    """cuda or cpu. ValueError where torch does not see a GPU that is there: what is meant for it
+    must not spend days on the CPU.
+    """
+    # Read when a GPU's memory is first asked for. Rows differ in length: else freed pieces do not fit.
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+    if torch.cuda.is_available():
+        return "cuda"
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    if not hidden and (found := unseen_gpu()):
+        cuda = f"CUDA {torch.version.cuda}" if torch.version.cuda else "the CPU alone"
+        raise ValueError(
+            f"torch {torch.__version__} sees no GPU, but {found}: it is built for {cuda} (13.0 needs "
+            "driver 580). https://download.pytorch.org/whl has builds for other drivers, as cu126; "
+            "to use the CPU all the same: CUDA_VISIBLE_DEVICES= (empty)"
+        )
+    return "cpu"
 
 
 @contextlib.contextmanager

@@ -33,7 +33,6 @@ import dataclasses
 import functools
 import json
 import math
-import os
 import re
 import sys
 import textwrap
@@ -394,7 +393,7 @@ def show(metrics: dict, answers: list[dict]):
 def parse(argv):
     parser = cli.Parser(description=__doc__.splitlines()[0])
     add, count = parser.add_argument_group("model").add_argument, cli.number(int, 1)
-    gpu, cores = torch.cuda.is_available(), os.cpu_count() or 1
+    gpu, cores = torch.cuda.is_available(), cli.cores()
     add("--model_name_or_path", required=True, help="a LLaVA folder, or hub id")
     add("--adapter", help="an adapter that was trained on it")
     add("--bits", type=int, choices=[16, 4], default=16, help="4: the decoder in nf4")
@@ -439,7 +438,7 @@ def main(argv=None):
     options |= {"aspect_ratio": args.image_aspect_ratio, "max_length": args.model_max_length}
     config = llava.read_config(folder)
     dataset = data.open_dataset(*rows, folder, config, None, on_bad_record="skip", **options)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = cli.find_device()
     dtype = torch.bfloat16 if args.bf16 else torch.float32
     model = open_model(folder, args.adapter, args.bits, dtype, device)
     metrics, answers = evaluate(

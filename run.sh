@@ -7,10 +7,11 @@
 #   bash run.sh          built-in data and a tiny model, on whatever machine this is
 #   bash run.sh test     the tests; test --all: the long ones too; test --gpu: those that need a GPU
 #   bash run.sh help     this text
-#   sbatch run.sh        under SLURM, from this folder; sbatch's own flags, as --nodes=2, come before the lines above
+#   sbatch run.sh        under SLURM (cluster.md); sbatch's own flags, as --nodes=2, win over the lines above
 #
-# A step that is done is not done again, and one that was interrupted goes on where it was. SIGTERM, SIGINT and
-# SIGUSR1 make the run save and end, with status 3; a job that SLURM warns with SIGUSR1 is queued again.
+# A step that is done is not done again, and one that was interrupted goes on where it was. SIGTERM, SIGINT, SIGHUP
+# and SIGUSR1 make the run save and end, with status 3. A SLURM job is queued again that was warned of its time limit
+# or of preemption, or failed after it had saved a checkpoint.
 #
 # Environment variables (none: the built-in recipe); relative paths start at this folder:
 #
@@ -25,7 +26,7 @@
 #   VALIDATION_DATA    rows to evaluate stage 2 on, pictures in FINETUNE_IMAGES
 #   TRAIN_TYPE         stage 2: freeze_vision (default), full, use_lora
 #   BITS               4: with use_lora, the language model in 4 bits
-#   DEEPSPEED_CONFIG   ds_zero2.json (default where there are GPUs) or ds_zero3.json; none: one process
+#   DEEPSPEED_CONFIG   ds_zero2.json (default of several processes) or ds_zero3.json; none: one process
 #   NUM_GPUS           processes on a node: one for each GPU (default: all), or on a machine without GPUs
 #   HOSTFILE           DeepSpeed's list of machines, lines as "node1 slots=8", reached by ssh, without SLURM
 #   PRETRAIN_ARGS      further flags of train.py for stage 1, as "--per_device_train_batch_size 8"
@@ -33,77 +34,130 @@
 #   OUT                where everything goes (out; of the built-in recipe out/builtin)
 
 set -euo pipefail
+refuse() { echo "run.sh: $*" >&2; exit 2; }
 here=$(dirname "${BASH_SOURCE[0]}") called_from=$PWD
-cd "$([ -f "$here/train.py" ] && echo "$here" || echo "$SLURM_SUBMIT_DIR")"  # sbatch runs a copy of this file
+[ -f "$here/train.py" ] || [ -z "${SLURM_JOB_ID:-}" ] ||  # sbatch runs a copy of this file
+  here=$(dirname "$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=//p' | head -n 1)")
+[ -f "$here/train.py" ] || refuse "does not know its folder: sbatch /path/to/run.sh"
+cd "$here"
 
 # --- set-up ---
 
-# An environment that has the packages is used as it is; else .venv is made, once for each requirements.txt.
+# Whether this python has what requirements.txt and further lines ask for, so that pip need look nowhere else.
+complete() {
+  PIP_CONFIG_FILE=/dev/null PIP_FIND_LINKS="" "$1" -m pip install --quiet --dry-run --no-index --no-deps \
+    -r requirements.txt "${@:2}" &> /dev/null
+}
+
+# An environment that has the packages is used as it is; else .venv is made.
 setup() {
-  local wanted
-  if ! python -c "import sys, importlib.util as u; sys.exit(not all(map(u.find_spec, sys.argv[1:])))" \
-      torch transformers bitsandbytes deepspeed PIL numpy sentencepiece google.protobuf ${1:+pytest hypothesis peft accelerate} 2>/dev/null; then
+  if ! complete python "$@"; then
+    [ -x .venv/bin/pip ] || python3 -c "import sys; sys.exit(sys.version_info < (3, 11))" ||
+      refuse "needs Python 3.11 or newer, and python3 is $(python3 --version)"
     [ -x .venv/bin/pip ] || python3 -m venv .venv
-    wanted=$(printf '%s\n' "$(cat requirements.txt)" "$@")
-    if [ "$wanted" != "$(cat ".venv/installed-$#" 2>/dev/null)" ]; then
-      echo "installing into .venv ..." >&2
+    if ! complete .venv/bin/python "$@"; then
+      echo "installing into .venv (python lacks packages of requirements.txt, or has other versions) ..." >&2
       .venv/bin/pip install --quiet --disable-pip-version-check -r requirements.txt "$@" >&2
-      echo "$wanted" > ".venv/installed-$#"
     fi
     export PATH="$PWD/.venv/bin:$PATH"
   fi
   export TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
 }
 
-# --- the recipe ---
+# --- how training starts and stops ---
 
-# launch: the command that starts train.py on what there is, one process or one DeepSpeed launcher on each node.
+# Sets launch, one process or one DeepSpeed launcher on each node, and step, what starts that on SLURM's nodes.
+launch=(python train.py) step=()
 choose_launch() {
-  local nodes=${SLURM_NNODES:-1} hosts=${HOSTFILE:-} gpus config=${DEEPSPEED_CONFIG:-}
-  gpus=${NUM_GPUS:-$(python -c "import torch; print(torch.cuda.device_count())")}
-  launch=(python train.py)
-  if [ -z "$config" ] && [ "$gpus" = 0 ] && [ "$nodes" = 1 ] && [ -z "$hosts" ]; then config=none; fi
-  [ "$config" != none ] || return 0
-  launch=(deepspeed)
-  if [ "$nodes" -gt 1 ]; then
-    hosts=$OUT/hostfile
-    mkdir -p "$OUT"
-    scontrol show hostnames "$SLURM_JOB_NODELIST" | sed "s/$/ slots=$((gpus > 0 ? gpus : 1))/" > "$hosts"
-    # srun starts a launcher on each node, and forgets the job's --cpus-per-task where it is not told again.
-    launch=(srun --ntasks="$nodes" --ntasks-per-node=1 ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"}
-            --export=ALL --kill-on-bad-exit=1 bash -c 'exec deepspeed --node_rank "$SLURM_NODEID" "$@"' deepspeed
-            --no_ssh --master_addr "$(sed 's/ .*//; q' "$hosts")")
-  elif [ -n "${NUM_GPUS:-}" ] || [ "$gpus$hosts" = 0 ]; then
-    launch+=(--num_gpus "$((gpus > 0 ? gpus : 1))")  # with it the launcher passes over CUDA_VISIBLE_DEVICES
+  local nodes=${SLURM_NNODES:-1} hosts=${HOSTFILE:-} config=${DEEPSPEED_CONFIG:-} gpus=${NUM_GPUS:-}
+  gpus=${gpus:-$(python -c "import torch; print(torch.cuda.device_count() * torch.cuda.is_available())")}
+  export MASTER_PORT=${MASTER_PORT:-$((10000 + ${SLURM_JOB_ID:-19500} % 20000))}
+  if [ "$config" != none ] && [[ $gpus -gt 1 || $nodes -gt 1 || -n $hosts ]]; then
+    type -P deepspeed > /dev/null || refuse "many processes need deepspeed; one does not: DEEPSPEED_CONFIG=none"
+    [[ ${NUM_GPUS:-${CUDA_VISIBLE_DEVICES:-}} != *[A-Za-z]* ]] ||
+      refuse "CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES: DeepSpeed's launcher takes numbers (nvidia-smi -L), as 0,1"
+    launch=(deepspeed --log_level critical --master_port "$MASTER_PORT")
+    if [ "$nodes" -gt 1 ]; then
+      hosts=$OUT/hostfile
+      mkdir -p "$OUT"
+      scontrol show hostnames "$SLURM_JOB_NODELIST" | sed "s/$/ slots=$((gpus > 0 ? gpus : 1))/" > "$hosts"
+      launch+=(--no_ssh --master_addr "$(sed 's/ .*//; q' "$hosts")")
+    fi
+    # With --num_gpus the launcher passes over CUDA_VISIBLE_DEVICES.
+    launch+=(${NUM_GPUS:+--num_gpus "$NUM_GPUS"} ${hosts:+--hostfile "$hosts"} train.py)
+    config=${config:-ds_zero2.json}
   fi
-  launch+=(${hosts:+--hostfile "$hosts"} --master_port "${MASTER_PORT:-$((10000 + ${SLURM_JOB_ID:-19500} % 20000))}"
-           train.py --deepspeed "${config:-ds_zero2.json}")
+  [ "${config:-none}" = none ] || launch+=(--deepspeed "$config")
+  # A batch job's run is a step, on one node too: before it preempts, SLURM sends SIGTERM to the tasks of steps alone.
+  # srun forgets the job's --cpus-per-task where it is not told again.
+  if [ "$nodes" -gt 1 ] || [[ -n ${SLURM_JOB_ID:-} && -z ${SLURM_STEP_ID:-} ]]; then
+    step=(srun --ntasks="$nodes" --ntasks-per-node=1 ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"}
+          --export=ALL --kill-on-bad-exit=1 bash run.sh task)
+  fi
 }
 
 caught=""  # the signal that asks us to stop
 for signal in TERM INT HUP USR1; do trap "caught=$signal" "$signal"; done
 
-# train OUTPUT_DIR FLAGS...: a finished run is left alone, an interrupted one goes on. A signal is not passed on,
-# as the deepspeed launcher kills its ranks 30 seconds after one, in the middle of a save too: hence the session
-# of its own, which Ctrl-C does not reach, and the file `stop`.
+# attend OUTPUT_DIR COMMAND...: runs it to its end, in a process group of its own, which Ctrl-C does not reach. A
+# signal is not passed on, for the launcher kills its ranks 30 s after one, in a save too. It becomes the file `stop`.
+attend() {
+  local out=$1 run; shift
+  set -m
+  "$@" < /dev/null &
+  run=$!
+  set +m
+  while kill -0 "$run" 2>/dev/null; do
+    [ -z "$caught" ] || echo "$caught" 2>/dev/null > "$out/stop" || true  # again and again: it may not look yet
+    sleep 0.5 || true
+  done
+  wait "$run"
+}
+
+# task OUTPUT_DIR COMMAND...: what srun starts on a node. It alone hears SLURM's SIGTERM: below it that is blocked.
+# Status 3 becomes 0, since for one task that fails srun kills the others, in their saves.
+task() {
+  local out=$1 status=0; shift
+  [ "$1" != deepspeed ] || set -- deepspeed --node_rank "$SLURM_NODEID" "${@:2}"
+  attend "$out" python -c "import os, signal, sys; signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+os.execvp(sys.argv[1], sys.argv[1:])" "$@" || status=$?
+  exit "$((status == 3 ? 0 : status))"
+}
+
+# train OUTPUT_DIR FLAGS...: a finished run is left alone, an interrupted one goes on.
 train() {
-  local out=$1 run status=3; shift
-  if [ -z "$caught" ]; then
-    setsid "${launch[@]}" --output_dir "$out" --resume_from_checkpoint latest "$@" &
-    run=$!
-    while kill -0 "$run" 2>/dev/null; do
-      [ -z "$caught" ] || touch "$out/stop" 2>/dev/null || true  # again and again: it may not look yet
-      sleep 1 || true
-    done
-    wait "$run" && status=0 || status=$?
-  fi
-  [ -n "$caught" ] || [ "$status" != 0 ] || return 0
+  local out=$1 status=0 before; shift
+  before=$(checkpoints "$out")
+  [ -n "$caught" ] || attend "$out" ${step[@]+"${step[@]}" "$out"} "${launch[@]}" --output_dir "$out" \
+    --resume_from_checkpoint latest "$@" || status=$?
+  if [ -z "$caught" ] && [ "$status" = 0 ] && [ -d "$out/final" ]; then return 0; fi
+  [ -n "$caught" ] || [ ! -s "$out/stop" ] || caught=USR1  # a task was told of preemption; this script is not
+  [ "$status" != 0 ] || [ -n "$caught" ] || [ -e "$out/stop" ] || status=1  # a launcher that is killed says 0
   rm -f "$out/stop"
-  if [ -n "${SLURM_JOB_ID:-}" ] && [[ $caught$status = USR1[03] ]]; then scontrol requeue "$SLURM_JOB_ID"; fi
+  case $caught:$status in
+    USR1:[03]) requeue || how_to_go_on ;;
+    *:[03]) how_to_go_on ;;
+    TERM:* | INT:* | HUP:* | *:2) ;;
+    *) [ "$before" = "$(checkpoints "$out")" ] || requeue || true ;;  # a node or a process has died, perhaps
+  esac
   exit "$((status > 0 ? status : 3))"
 }
 
-refuse() { echo "run.sh: $*" >&2; exit 2; }
+checkpoints() { ls -d "$1"/checkpoint-* 2>/dev/null || true; }
+
+requeue() {  # of an array's tasks this one alone
+  [ ${#step[@]} -gt 0 ] &&
+    scontrol requeue "${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}"
+}
+
+how_to_go_on() {  # as the user's shell takes it
+  local name command="bash run.sh"
+  [ ${#step[@]} = 0 ] || command="sbatch run.sh"
+  for name in $(help | sed -n 's/^  \([A-Z_]*\)  .*/\1/p'); do
+    [ -z "${!name:-}" ] || command=$(printf "%s=%q %s" "$name" "${!name}" "$command")
+  done
+  echo "run.sh: stopped; to go on: cd $(printf %q "$PWD") && $command" >&2
+}
 
 real() {
   # A typo of stage 2 would else be noticed after stage 1.
@@ -134,23 +188,19 @@ real() {
 # The language model is born today and must learn to read before it can be shown pictures, so a stage
 # stands in front: rows without pictures, scenes in words. README.md says what is real and what is not.
 builtin() {
-  launch=(python train.py)
   local toy=$OUT/toy log=1
   [ -t 2 ] || log=50
-  local common=(--image_folder "$toy/images" --dataloader_num_workers 1 --logging_steps "$log" --eval_samples 16
-    --max_new_tokens 24 --save_steps 200 --save_total_limit 1 --gradient_checkpointing False)
   [ -d "$toy" ] || python toy.py data --out "$toy"
   [ -d "$OUT/model" ] || python toy.py model --out "$OUT/model"
-  train "$OUT/reading" --train_type freeze_vision --model_name_or_path "$OUT/model" \
-    --data_path "$toy/reading.json" --validation_data_path "$toy/reading_validation.json" \
-    --per_device_train_batch_size 16 --learning_rate 3e-3 "${common[@]}"
-  train "$OUT/stage1" --train_type projector --model_name_or_path "$OUT/reading/final" \
-    --data_path "$toy/captions.json" --validation_data_path "$toy/captions_validation.json" \
-    --per_device_train_batch_size 8 --learning_rate 2e-3 "${common[@]}"
-  train "$OUT/stage2" --train_type full --model_name_or_path "$OUT/stage1/final" \
-    --data_path "$toy/train.json" --validation_data_path "$toy/train_validation.json" \
-    --per_device_train_batch_size 4 --learning_rate 2e-3 --mm_vision_tower_lr 5e-4 \
-    --group_by_modality_length "${common[@]}"
+  stage() {  # its name, what it starts from, its rows, further flags
+    train "$OUT/$1" --model_name_or_path "$OUT/$2" --data_path "$toy/$3.json" --image_folder "$toy/images" \
+      --validation_data_path "$toy/$3_validation.json" --eval_samples 16 --max_new_tokens 24 --save_steps 200 \
+      --save_total_limit 1 --gradient_checkpointing False --dataloader_num_workers 1 --logging_steps "$log" "${@:4}"
+  }
+  stage reading model reading --train_type freeze_vision --per_device_train_batch_size 16 --learning_rate 3e-3
+  stage stage1 reading/final captions --train_type projector --per_device_train_batch_size 8 --learning_rate 2e-3
+  stage stage2 stage1/final train --train_type full --per_device_train_batch_size 4 --learning_rate 2e-3 \
+    --mm_vision_tower_lr 5e-4 --group_by_modality_length
   for rows in train_validation train_shuffled; do
     [ -d "$OUT/$rows" ] || python evaluate.py --model_name_or_path "$OUT/stage2/final" \
       --validation_data_path "$toy/$rows.json" --image_folder "$toy/images" --max_new_tokens 24 \
@@ -167,14 +217,12 @@ given=${MODEL:-}${VISION_TOWER:-}${LANGUAGE_MODEL:-}${PRETRAIN_DATA:-}${FINETUNE
 if [ -n "$given" ]; then OUT=${OUT:-out}; else OUT=${OUT:-out/builtin}; fi
 case "${1:-recipe}" in
   help) help ;;
+  task) shift; task "$@" ;;
   test)
     setup pytest==9.2.0 hypothesis==6.170.15 peft==0.21.2 accelerate==1.15.0
     shift
     marks="not long and not gpu"
-    case "${1:-}" in
-      --all) marks="not gpu"; shift ;;
-      --gpu) marks=gpu; shift ;;
-    esac
+    case "${1:-}" in --all) marks="not gpu"; shift ;; --gpu) marks=gpu; shift ;; esac
     python -m pytest -q -m "$marks" test_smoke.py tests "$@" ;;
   recipe)
     setup

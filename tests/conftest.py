@@ -857,33 +857,63 @@ def changed(module, lines, *edits):
     return other
 
 
-# Stand-ins for what run.sh starts. Each writes its command line to $CALLS; srun starts its command once for
-# each task, as the real one does, and the launcher waits for the file `stop` where it is told to.
+# Stand-ins for what run.sh starts. Each writes its command line to $CALLS. A run makes a checkpoint where $SAVES
+# says so, fails with $FAILS, waits for the file `stop` with $WAIT, or else is done.
+RUN = """
+while [ "$1" != --output_dir ]; do shift; done
+mkdir -p "$2" ${SAVES:+"$2/checkpoint-$SAVES"}
+[ -z "${FAILS:-}" ] || exit "$FAILS"
+[ -n "${WAIT:-}" ] || { mkdir -p "$2/final"; exit 0; }
+trap 'echo signalled >> "$CALLS"; exit 1' TERM INT HUP USR1
+echo waiting >> "$CALLS"
+if [ "${SLURM_NODEID:-0}" = 0 ]; then  # train.py takes an earlier run's file away when it begins to look
+    until [ -e "$2/stop" ]; do sleep 0.1; done
+    rm "$2/stop"
+fi
+until [ -e "$2/stop" ]; do sleep 0.1; done
+[ "${SLURM_NODEID:-0}" = 0 ] || sleep "$WAIT"
+exit 3"""
+
+# As the real one: tasks end when they end; for one that fails, or SIGTERM, all processes of all tasks are told by
+# SIGTERM (and killed after KillWait); the status is the highest of theirs, that of a signal 128 more.
+SRUN = """
+import contextlib, itertools, os, psutil, signal, subprocess, sys, time
+flags = list(itertools.takewhile(lambda word: word.startswith("--"), sys.argv[1:]))
+ranks = range(int(next(word[9:] for word in flags if word.startswith("--ntasks="))))
+tasks = [subprocess.Popen(sys.argv[1 + len(flags):], start_new_session=True,
+                          env={**os.environ, "SLURM_STEP_ID": "0", "SLURM_NODEID": str(i)}) for i in ranks]
+told = []
+def tell(number):
+    told.append(time.monotonic())
+    for task in tasks:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for process in [*psutil.Process(task.pid).children(recursive=True), task]:
+                process.send_signal(number)
+signal.signal(signal.SIGTERM, lambda number, frame: tell(number))
+while any(task.poll() is None for task in tasks):
+    time.sleep(0.02)
+    if "--kill-on-bad-exit=1" in flags and any(task.poll() for task in tasks):
+        if not told:
+            tell(signal.SIGTERM)
+        elif time.monotonic() > told[0] + 1:
+            tell(signal.SIGKILL)
+sys.exit(max(task.returncode if task.returncode >= 0 else 128 - task.returncode for task in tasks))"""
+
 STANDINS = {
-    "python": """case "$2" in
-        *find_spec*) exit 0 ;;
+    "python": f"""case "$*" in
+        "-m pip install"*) exit 0 ;;
         *device_count*) echo counted >> "$CALLS"; echo "$GPUS"; exit ;;
+        *pthread_sigmask*) exec {sys.executable} "$@" ;;
+        train.py*) {RUN} ;;
         esac""",
-    "scontrol": '[ "$1" = requeue ] || printf "node%s\\n" $(seq "$SLURM_NNODES")',
+    "scontrol": """case "$1" in
+        show) [ "$2" = job ] && echo "   Command=$COMMAND" || printf "node%s\\n" $(seq "$SLURM_NNODES") ;;
+        esac""",
     "sbatch": """nodes=1
         while [[ $1 == --* ]]; do [[ $1 != --nodes=* ]] || nodes=${1#*=}; shift; done
         GPUS=4 SLURM_NNODES=$nodes SLURM_JOB_ID=1 SLURM_JOB_NODELIST=x exec bash "$@" """,
-    "srun": """tasks=1
-        while [[ $1 == --* ]]; do [[ $1 != --ntasks=* ]] || tasks=${1#*=}; shift; done
-        for ((i = 0; i < tasks; i++)); do SLURM_NODEID=$i "$@" & done
-        status=0
-        for job in $(jobs -p); do wait "$job" || status=$?; done
-        exit "$status" """,
-    "deepspeed": """[ -f train.py ] || exit 1
-        [ -n "${WAIT:-}" ] || exit 0
-        trap 'echo signalled >> "$CALLS"; exit 1' TERM INT HUP USR1
-        while [ "$1" != --output_dir ]; do shift; done
-        echo waiting >> "$CALLS"
-        for first in yes no; do  # train.py takes an earlier run's file away when it begins to look
-            until [ -e "$2/stop" ]; do mkdir -p "$2"; sleep 0.1; done
-            [ "$first" = no ] || rm "$2/stop"
-        done
-        exit 3""",
+    "srun": f'exec {sys.executable} -c {shlex.quote(SRUN)} "$@"',
+    "deepspeed": f"[ -f train.py ] || exit 1\n{RUN}",
     "ssh": 'case "$*" in *"hostname -I") echo 127.0.0.1 ;; esac',
     "pdsh": """shift 3  # ssh hands no environment on, and PATH is the login shell's
         IFS=, read -ra hosts <<< "$2"; shift 2
@@ -921,6 +951,7 @@ def shell(tmp_path):
             ),  # a shell's jobs ignore it
             cwd=tmp_path,
             stdout=subprocess.PIPE,
+            stderr=open(tmp_path / "errors", "w"),
             text=True,
         )
 

@@ -55,6 +55,7 @@ def test_both_sides_of_the_bench_take_the_same_steps(bench_work, case):
         "micro_batch": 2,
         "steps": 3,
         "dtype": "fp32",
+        "gradient_checkpointing": False,
         "workers": 0,
         "work": str(bench_work),
         "model": str(bench_work / "tiny"),

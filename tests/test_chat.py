@@ -101,7 +101,7 @@ def test_a_bad_call_is_one_line(good, tmp_path, capsys):
         (["--image", tmp_path / "no.png"], "no.png"),
         (["--image", tmp_path / "gone.png"], "gone.png: no such file"),
         (["--model_name_or_path", "no/such"], "no/such"),
-        (["--prompt", "long " * 40_000], "tokens, but the language model learnt 32768"),
+        (["--prompt", "long " * 40_000], "tokens, and the language model learnt 32768"),
     ):
         assert says in refused(capsys, chat, *flags, *more)
 

@@ -289,7 +289,7 @@ def test_each_evaluation_leaves_pictures_which_can_be_drawn_again(world, tmp_pat
         assert report.main([str(tmp_path / "a")]) == 0
     assert evaluated(world, tmp_path / "b")[0] == report.main([str(tmp_path / "b")]) == 0
     assert (tmp_path / "b" / "samples.png").exists()
-    assert report.main([str(world)]) == 2 and "no run" in capsys.readouterr().err
+    assert report.main([str(world)]) == 2 and "no run to draw" in capsys.readouterr().err
 
 
 # --- the end ---

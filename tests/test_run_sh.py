@@ -1,16 +1,19 @@
 """run.sh among stand-ins for what it starts."""
 
+import contextlib
 import functools
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
-import zipfile
 from pathlib import Path
 
+import numpy as np
+import psutil
 import pytest
 import torch
 from conftest import HERE, STAGES, STANDINS, free_port, launched, losses_of, run, weights_of
@@ -19,29 +22,38 @@ import checkpoint
 import train
 
 SLURM = {"SLURM_JOB_ID": "123456", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_CPUS_PER_TASK": "8"}
+STAGE_1 = {"PRETRAIN_DATA": "a.json", "PRETRAIN_IMAGES": "images"}
+
+
+# --- what is started ---
 
 
 @pytest.mark.parametrize(
     "environment, processes, config",
     [  # processes: what the launcher is told, -1 as many as there are GPUs, None no launcher
         ({}, None, None),
+        ({"GPUS": "1"}, None, None),
+        ({"GPUS": "1", "DEEPSPEED_CONFIG": "ds_zero3.json"}, None, "ds_zero3.json"),
         ({"GPUS": "4"}, -1, "ds_zero2.json"),
         ({"GPUS": "8", "DEEPSPEED_CONFIG": "ds_zero3.json"}, -1, "ds_zero3.json"),
         ({"GPUS": "8", "NUM_GPUS": "2"}, 2, "ds_zero2.json"),
         ({"GPUS": "8", "DEEPSPEED_CONFIG": "none"}, None, None),
-        ({"DEEPSPEED_CONFIG": "ds_zero3.json"}, 1, "ds_zero3.json"),
         ({"NUM_GPUS": "2"}, 2, "ds_zero2.json"),
         ({"HOSTFILE": "hosts"}, -1, "ds_zero2.json"),
         ({"GPUS": "4", "SLURM_NNODES": "1"} | SLURM, -1, "ds_zero2.json"),
+        ({"GPUS": "1", "SLURM_NNODES": "1"} | SLURM, None, None),
     ],
 )
 def test_run_sh_launches_what_the_machine_has(shell, environment, processes, config):
     start, calls = shell
     assert start(**STAGES, **environment).wait() == 0
     alone = [words for words in calls("python") if words[0] == "train.py"]
-    assert len(calls("counted")) == ("NUM_GPUS" not in environment) and not calls("srun")
+    assert len(calls("counted")) == ("NUM_GPUS" not in environment)
+    assert len(calls("srun")) == ("SLURM_JOB_ID" in environment)
     if processes is None:
-        assert len(alone) == 1 and train.parse(alone[0][1:]).train_type == "freeze_vision"
+        (words,) = alone
+        args = train.parse(words[1:])
+        assert (args.train_type, args.deepspeed) == ("freeze_vision", config)
         return
     (words,) = calls("deepspeed")
     launcher, args = launched(words)
@@ -50,16 +62,15 @@ def test_run_sh_launches_what_the_machine_has(shell, environment, processes, con
     assert launcher.master_port == (13456 if "SLURM_JOB_ID" in environment else 29500)
 
 
-def test_slurm_starts_one_launcher_on_each_node_and_all_meet_at_the_first(shell, tmp_path):
-    """Trap 34. sbatch runs a copy of the script that lies elsewhere, in a job with 4 tasks a node, say."""
+def test_slurm_starts_a_launcher_per_node_from_any_folder(shell, tmp_path):
+    """sbatch runs a copy of the script that lies elsewhere, in a job with 4 tasks a node, say."""
     from deepspeed.launcher import runner
 
     start, calls = shell
     script = tmp_path / "slurm_script"
     shutil.copy(HERE / "run.sh", script)
-    job = SLURM | {"SLURM_NNODES": "3", "SLURM_NTASKS": "12", "SLURM_SUBMIT_DIR": str(HERE)}
-    stage1 = {"PRETRAIN_DATA": "a.json", "PRETRAIN_IMAGES": "images"}
-    assert start(script, **STAGES, **stage1, **job, NUM_GPUS="4").wait() == 0
+    job = SLURM | {"SLURM_NNODES": "3", "SLURM_NTASKS": "12", "COMMAND": str(HERE / "run.sh")}
+    assert start(script, **STAGES, **STAGE_1, **job, NUM_GPUS="4").wait() == 0
     assert len(calls("srun")) == 2 and len(calls("deepspeed")) == 6  # of two stages
     assert all("--cpus-per-task=8" in words for words in calls("srun"))
     for stage in ("stage1", "stage2"):
@@ -81,57 +92,210 @@ def test_the_header_for_slurm_is_a_comment_to_bash():
     assert {"--ntasks-per-node=1", "--gpus-per-node=a100:4"} <= set(options)
 
 
-@pytest.mark.parametrize("signal_name", ["SIGUSR1", "SIGTERM", "SIGINT"])
-def test_a_signal_reaches_the_run_as_the_file_stop_alone_and_a_warned_job_is_queued_again(
-    shell, tmp_path, signal_name
-):
-    """Sent to the whole process group, as Ctrl-C is. The second start goes on through both stages."""
+# --- how it stops, and comes back ---
+
+
+def waiting(shell, tmp_path, runs=1, **environment):
+    """run.sh, started, when so many of its launchers wait."""
     start, calls = shell
-    environment = (
-        STAGES | SLURM | {"PRETRAIN_DATA": "a.json", "PRETRAIN_IMAGES": "images", "GPUS": "4"}
-    )
-    process = start(**environment, WAIT="yes")
-    while not (tmp_path / "calls").exists() or not calls("waiting"):
-        assert process.poll() is None
+    process = start(**STAGES, **STAGE_1, WAIT="1.5", **environment)
+    while not (tmp_path / "calls").exists() or len(calls("waiting")) < runs:
+        assert process.poll() is None, (tmp_path / "errors").read_text()
         time.sleep(0.05)
+    return process
+
+
+def requeued(calls):
+    return [words[1] for words in calls("scontrol") if words[0] == "requeue"]
+
+
+JOBS = {  # what the launchers are, and the environment
+    "one process": (1, {}),
+    "one machine": (1, {"GPUS": "4"}),
+    "one node": (1, {"GPUS": "4", "SLURM_NNODES": "1"} | SLURM),
+    "two nodes": (2, {"NUM_GPUS": "4", "SLURM_NNODES": "2"} | SLURM),
+}
+
+
+@pytest.mark.parametrize(
+    "where, signal_name",
+    [
+        ("one process", "SIGINT"),
+        ("one machine", "SIGUSR1"),
+        ("one node", "SIGUSR1"),
+        ("two nodes", "SIGUSR1"),
+        ("two nodes", "SIGTERM"),
+    ],
+)
+def test_a_signal_reaches_runs_as_the_file_stop_alone(shell, tmp_path, where, signal_name):
+    """Sent to the process group, as Ctrl-C is. Of two launchers the second ends 1.5 s after the
+    first. The next start goes on through both stages.
+    """
+    start, calls = shell
+    runs, environment = JOBS[where]
+    process = waiting(shell, tmp_path, runs, **environment)
     os.killpg(process.pid, getattr(signal, signal_name))
-    assert process.wait(timeout=60) == 3 and not calls("signalled") and len(calls("deepspeed")) == 1
-    requeued = [words for words in calls("scontrol") if words[0] == "requeue"]
-    assert requeued == ([["requeue", "123456"]] if signal_name == "SIGUSR1" else [])
+    assert process.wait(timeout=60) == 3 and not calls("signalled")
+    again = signal_name == "SIGUSR1" and "SLURM_JOB_ID" in environment
+    assert requeued(calls) == ["123456"] * again
+    assert ("to go on" in (tmp_path / "errors").read_text()) == (not again)
     assert not (tmp_path / "out/stage1/stop").exists()
-    process = start(**environment)
+    process = start(**STAGES, **STAGE_1, **environment)
     assert process.wait() == 0 and process.stdout.read().endswith("out/stage2/final\n")
-    args = [launched(words)[1] for words in calls("deepspeed")]
-    assert [Path(a.output_dir).name for a in args] == ["stage1", "stage1", "stage2"]
-    assert all(a.resume_from_checkpoint == "latest" for a in args)
+    lines = calls("deepspeed") or [words for words in calls("python") if words[0] == "train.py"]
+    parsed = [launched(w)[1] if w[0] != "train.py" else train.parse(w[1:]) for w in lines]
+    names = [Path(args.output_dir).name for args in parsed]
+    assert names == ["stage1"] * 2 * runs + ["stage2"] * runs
+    assert all(args.resume_from_checkpoint == "latest" for args in parsed)
 
 
-def test_another_tower_in_the_same_folder_and_a_missing_variable_are_refused(shell, tmp_path):
+def processes_of(process, word):
+    found = []
+    for child in psutil.Process(process.pid).children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            found += [child] * (word in child.cmdline())
+    return found
+
+
+@pytest.mark.parametrize("where", ["one node", "two nodes"])
+def test_preemption_that_tells_the_tasks_alone_is_heard(shell, tmp_path, where):
+    _, calls = shell
+    runs, environment = JOBS[where]
+    process = waiting(shell, tmp_path, runs, **environment)
+    (srun,) = processes_of(process, "--kill-on-bad-exit=1")
+    srun.send_signal(signal.SIGTERM)  # which it passes on to all that the tasks have started
+    assert process.wait(timeout=60) == 3 and not calls("signalled")
+    assert requeued(calls) == ["123456"]
+
+
+def test_scancel_which_tells_all_is_no_reason_to_come_back(shell, tmp_path):
+    _, calls = shell
+    process = waiting(shell, tmp_path, 2, **JOBS["two nodes"][1])
+    os.killpg(process.pid, signal.SIGTERM)
+    for srun in processes_of(process, "--kill-on-bad-exit=1"):
+        srun.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 3
+    assert not requeued(calls) and not calls("signalled")
+
+
+@pytest.mark.parametrize("where", ["one machine", "two nodes"])
+def test_a_stop_by_hand_stays_a_stop(shell, tmp_path, where):
+    _, calls = shell
+    runs, environment = JOBS[where]
+    process = waiting(shell, tmp_path, runs, **environment)
+    while process.poll() is None:
+        (tmp_path / "out/stage1/stop").touch()
+        time.sleep(0.3)
+    assert process.wait() == 3 and not requeued(calls)
+
+
+@pytest.mark.parametrize(
+    "where, status, saves, again",
+    [
+        ("one machine", 1, "5", 0),
+        ("one node", 1, "", 0),
+        ("one node", 2, "5", 0),
+        ("one node", 137, "5", 1),
+        ("two nodes", 137, "5", 1),
+    ],
+)
+def test_a_failed_job_comes_back_once_it_has_saved(shell, tmp_path, where, status, saves, again):
+    start, calls = shell
+    runs, environment = JOBS[where]
+    for _ in range(1 + again):  # the second time it comes no step further
+        process = start(**STAGES, **environment, FAILS=str(status), SAVES=saves)
+        assert process.wait(timeout=60) in (status, 143)  # 143: terminated before it failed itself
+    assert requeued(calls) == ["123456"] * again
+
+
+def test_a_killed_launcher_that_says_0_is_no_success(shell, tmp_path):
+    """DeepSpeed's runner ends with 0 where its launcher was killed by a signal."""
+    start, calls = shell
+    (tmp_path / "bin/deepspeed").write_text("#!/bin/bash\nexit 0")
+    assert start(**STAGES, GPUS="4").wait() == 1
+
+
+def test_one_task_of_an_array_is_queued_again_alone(shell, tmp_path):
+    _, calls = shell
+    array = {"SLURM_ARRAY_JOB_ID": "123450", "SLURM_ARRAY_TASK_ID": "6"}
+    process = waiting(shell, tmp_path, **JOBS["one node"][1], **array)
+    process.send_signal(signal.SIGUSR1)
+    assert process.wait(timeout=60) == 3 and requeued(calls) == ["123450_6"]
+
+
+def test_the_command_printed_on_interruption_runs_when_pasted(shell, tmp_path):
+    start, calls = shell
+    given = {"FINETUNE_ARGS": "--seed 5 --weight_decay 0.1", "VALIDATION_DATA": "it's a file.json"}
+    process = waiting(shell, tmp_path, GPUS="4", **given)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(timeout=60) == 3
+    line = (tmp_path / "errors").read_text().splitlines()[-1]
+    (tmp_path / "pasted").write_text(line.removeprefix("run.sh: stopped; to go on: "))
+    (tmp_path / "calls").unlink()
+    assert start(tmp_path / "pasted", GPUS="4", OUT="/nowhere").wait() == 0
+    args = launched(calls("deepspeed")[-1])[1]
+    assert args.output_dir == str(tmp_path / "out/stage2") and args.seed == 5
+    assert args.validation_data_path == given["VALIDATION_DATA"]
+
+
+# --- what is refused ---
+
+
+def test_what_cannot_work_is_refused_in_one_line(shell, tmp_path):
+    start, calls = shell
+    script = tmp_path / "copy"
+    shutil.copy(HERE / "run.sh", script)
+    names = "GPU-8f3c12,GPU-77aa34"
+    for words, path, environment in (
+        ("TRAIN_TYPE", None, {"TRAIN_TYPE": "use_lora"}),
+        ("BITS 9", None, {"MODEL": "m", "BITS": "9"}),
+        ("TRAIN_TYPE x", None, {"MODEL": "m", "TRAIN_TYPE": "x"}),
+        (names, None, STAGES | {"GPUS": "2", "CUDA_VISIBLE_DEVICES": names}),
+        ("its folder", script, STAGES),
+        ("its folder", script, STAGES | SLURM | {"COMMAND": "(null)"}),
+    ):
+        assert start(*([path] if path else []), **environment).wait() == 2
+        errors = (tmp_path / "errors").read_text()
+        assert errors.startswith("run.sh: ") and errors.count("\n") == 1 and words in errors
+    assert not calls("deepspeed")
+
+
+def test_another_tower_or_a_missing_variable_is_refused(shell, tmp_path):
     start, calls = shell
     (tmp_path / "out/model").mkdir(parents=True)
     (tmp_path / "out/model.txt").write_text("clip+qwen+own\n")
-    parts = {"VISION_TOWER": "siglip", "LANGUAGE_MODEL": "qwen"}
-    for wrong in (
-        {"TRAIN_TYPE": "use_lora"},
-        {"MODEL": "m", "BITS": "9"},
-        {"MODEL": "m", "TRAIN_TYPE": "x"},
-    ):
-        assert start(**wrong).wait() == 2
-    assert start(**parts).wait() == 2
+    assert start(VISION_TOWER="siglip", LANGUAGE_MODEL="qwen").wait() == 2
     assert start(VISION_TOWER="clip", LANGUAGE_MODEL="qwen").wait() == 0
     assert start(PRETRAIN_DATA="a.json", OUT=str(tmp_path / "new")).wait() == 1  # no tower
     assert not (tmp_path / "new").exists()
 
 
-def test_help_names_every_variable_that_run_sh_reads_and_an_unknown_command_shows_it():
+def test_without_deepspeed_one_process_runs_and_many_are_refused(shell, tmp_path):
+    start, calls = shell
+    (tmp_path / "bin/deepspeed").unlink()
+    for name in ("bash", "cat", "dirname", "env", "ls", "mkdir", "rm", "sed", "sleep"):
+        (tmp_path / "bin" / name).symlink_to(shutil.which(name))
+    path = {"PATH": str(tmp_path / "bin")}  # nor setsid
+    assert start(**STAGES, **path, GPUS="8").wait() == 2
+    assert "DEEPSPEED_CONFIG=none" in (tmp_path / "errors").read_text()
+    assert start(**STAGES, **path, GPUS="8", DEEPSPEED_CONFIG="none").wait() == 0
+    assert start(**STAGES, **path, GPUS="1", OUT=str(tmp_path / "b")).wait() == 0
+    assert sum(words[0] == "train.py" for words in calls("python")) == 2
+
+
+def test_help_names_every_variable_that_run_sh_reads():
     text = (HERE / "run.sh").read_text()
     run = functools.partial(subprocess.run, capture_output=True, text=True, cwd="/")
     shown = run(["bash", HERE / "run.sh", "help"])
     read = set(re.findall(r"\$\{([A-Z]+_?[A-Z]+):[-+]", text)) - {"MASTER_PORT"}
+    read -= {"CUDA_VISIBLE_DEVICES"}
     read = {name for name in read if not name.startswith("SLURM")} | {"VISION_TOWER"}
     assert shown.returncode == 0 and read <= set(re.findall(r"^  ([A-Z_]+)  ", shown.stdout, re.M))
     wrong = run(["bash", HERE / "run.sh", "hlep"])
     assert wrong.returncode == 2 and wrong.stderr == shown.stdout and not wrong.stdout
+
+
+# --- a save that is slow ---
 
 
 SLOW = """
@@ -158,7 +322,7 @@ checkpoint.publish = slow
         pytest.param("SIGINT", 3, 2, {"HOSTFILE": "hosts"}, marks=pytest.mark.long),
     ],
 )
-def test_both_stages_end_as_an_undisturbed_process_does_though_stopped_in_a_slow_save(
+def test_a_stop_in_a_slow_save_changes_no_weight(
     world, shell, tmp_path, signal_name, seconds, ranks, environment
 ):
     """What two ranks make equals what one makes, to 1e-5. (Spaces in the folder's name pdsh does not take.)"""
@@ -167,8 +331,9 @@ def test_both_stages_end_as_an_undisturbed_process_does_though_stopped_in_a_slow
     folder = tmp_path / ("folder" if "HOSTFILE" in environment else "a folder with spaces")
     folder.mkdir()
     (folder / "hosts").write_text("localhost slots=1\n127.0.0.1 slots=1\n")
-    for path in [*HERE.glob("*.py"), *HERE.glob("*.json"), HERE / "run.sh"]:
-        shutil.copy(path, folder)
+    for kind in ("*.py", "*.json", "run.sh", "requirements.txt"):
+        for path in HERE.glob(kind):
+            shutil.copy(path, folder)
     code, main = (folder / "train.py").read_text(), 'if __name__ == "__main__":'
     (folder / "train.py").write_text(
         code.replace(main, SLOW.replace("SECONDS", str(seconds)) + main)
@@ -215,37 +380,65 @@ def test_both_stages_end_as_an_undisturbed_process_does_though_stopped_in_a_slow
         source = reference / "final"
 
 
-def wheel(folder, version):
-    """A package without dependencies, which pip installs without a network."""
-    name = f"thing-{version}"
-    with zipfile.ZipFile(folder / f"{name}-py3-none-any.whl", "w") as archive:
-        archive.writestr("thing.py", f"version = '{version}'")
-        head = f"Metadata-Version: 2.1\nName: thing\nVersion: {version}\n"
-        archive.writestr(f"{name}.dist-info/METADATA", head)
-        wheel = "Wheel-Version: 1.0\nGenerator: x\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
-        archive.writestr(f"{name}.dist-info/WHEEL", wheel)
-        archive.writestr(f"{name}.dist-info/RECORD", "")
-    (folder / "requirements.txt").write_text(f"./{name}-py3-none-any.whl\n")
+# --- set-up ---
+
+
+PIP = """
+case "$*" in *--dry-run*) grep -qx "$(cat requirements.txt)" installed 2>/dev/null; exit ;; esac
+cp requirements.txt installed"""
 
 
 def test_set_up_installs_only_when_the_requirements_have_changed(tmp_path):
-    """In a fresh environment of its own, in a folder with spaces in its name."""
+    """In a folder with spaces in its name; pip's own comparison of versions is the next test's."""
     folder, programs = tmp_path / "a folder with spaces", tmp_path / "bin"
     folder.mkdir(), programs.mkdir()
-    (programs / "python").write_text("#!/bin/sh\nexit 1")  # no packages there
-    (programs / "python3").symlink_to(Path(sys.base_prefix, "bin/python3"))
-    (programs / "python").chmod(0o755)
+    for name, script in (
+        ("python", "exit 1"),  # no packages there
+        ("python3", "mkdir -p .venv/bin; cp ../bin/pip .venv/bin/python; cp ../bin/pip .venv/bin"),
+        ("pip", PIP),
+    ):
+        (programs / name).write_text(f"#!/bin/bash\n{script}")
+        (programs / name).chmod(0o755)
     shutil.copy(HERE / "run.sh", folder)
     (folder / "train.py").touch()
     environment = os.environ | {"PATH": f"{programs}:{os.environ['PATH']}", "MODEL": "x"}
+    start = functools.partial(subprocess.run, ["bash", folder / "run.sh"], text=True)
     for version, installs in (("1.0", 1), ("1.0", 0), ("2.0", 1)):
-        wheel(folder, version)
-        run = subprocess.run(
-            ["bash", folder / "run.sh"],
-            env=environment | {"DEEPSPEED_CONFIG": "none", "NUM_GPUS": "0"},
-            capture_output=True,
-            text=True,
-        )
-        assert run.returncode == 0 and run.stderr.count("installing") == installs, run.stderr
-        own = [folder / ".venv/bin/python", "-c", "import thing; print(thing.version)"]
-        assert subprocess.check_output(own, text=True, cwd=tmp_path).strip() == version
+        (folder / "requirements.txt").write_text(f"thing=={version}\n")
+        done = start(env=environment | {"NUM_GPUS": "0"}, stderr=subprocess.PIPE)
+        assert done.returncode == 0 and done.stderr.count("installing") == installs, done.stderr
+
+
+@pytest.mark.parametrize(
+    "line, fits",
+    [
+        (f"numpy=={np.__version__}", True),
+        ("numpy==1.0", False),
+        ("protobuf>=3", True),
+        ("protobuf>=99", False),
+        ("no-such-package==1; sys_platform == 'nowhere'", True),
+    ],
+)
+def test_an_environment_with_other_versions_is_not_used(tmp_path, line, fits):
+    (tmp_path / "requirements.txt").write_text(line)
+    text = (HERE / "run.sh").read_text()
+    (function,) = re.findall(r"^complete\(\) \{.*?^\}$", text, re.M | re.S)
+    script = f"{function}\ncomplete {shlex.quote(sys.executable)}"
+    assert (subprocess.run(["bash", "-c", script], cwd=tmp_path).returncode == 0) == fits
+
+
+def test_an_old_python_is_told_in_one_line(shell, tmp_path):
+    start, _ = shell
+    for name, script in (
+        ("python", "exit 1"),
+        ("python3", '[ "$1" = --version ] && echo Python 3.9.6; exit 1'),
+    ):
+        (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{script}")
+        (tmp_path / "bin" / name).chmod(0o755)
+    folder = tmp_path / "clone"
+    folder.mkdir()
+    shutil.copy(HERE / "run.sh", folder)
+    (folder / "train.py").touch()
+    assert start(folder / "run.sh").wait() == 2
+    said = "run.sh: needs Python 3.11 or newer, and python3 is Python 3.9.6\n"
+    assert (tmp_path / "errors").read_text() == said
