@@ -319,7 +319,7 @@ def test_every_command_of_the_readme_runs(world, tmp_path, monkeypatch, capsys):
         capsys.readouterr()
         script = importlib.import_module(file.removesuffix(".py"))
         assert script.main(argv) == 0, (line, capsys.readouterr().err)
-        if "--index" in argv:  # its output stands below it
+        if "--index" in argv and "out/tiny" in argv:  # its output stands below it
             printed = capsys.readouterr().out.split()
             assert " ".join(printed) in " ".join((HERE / "README.md").read_text().split())
         ran.append(file)
