@@ -4,6 +4,7 @@ python -m pytest tests/test_peft.py
 """
 
 import json
+import re
 import shutil
 from pathlib import Path
 
