@@ -582,17 +582,21 @@ def open_rows(args, path: str | None, source: Path, text):
     """The rows of a file; the bad ones that are known by now are said before step 1."""
     if path is None:
         return None
+    config = llava.read_config(source)
     rows = data.open_dataset(
         path,
         args.image_folder,
         source,
-        llava.read_config(source),
+        config,
         text.tokenizer,
         aspect_ratio=args.image_aspect_ratio,
         max_length=args.model_max_length,
         on_bad_record="skip",
         text=text,
     )
+    limit = getattr(config.text_config, "max_position_embeddings", math.inf)
+    if min(rows.records.lengths.max(), args.model_max_length) > limit:  # the lengths are estimates
+        print(f"{path}: rows longer than the {limit:,} positions that the language model learnt")
     bad = rows.records.bad_rows
     fault = rows[bad[0] if bad else 0]["fault"]
     if fault and args.on_bad_record == "stop":
