@@ -219,7 +219,7 @@ case "${1:-recipe}" in
   help) help ;;
   task) shift; task "$@" ;;
   test)
-    setup pytest==9.2.0 hypothesis==6.170.15 peft==0.21.2 accelerate==1.15.0
+    setup pytest==9.2.0 hypothesis==6.170.15 peft==0.21.2 accelerate==1.15.0 ruff==0.17.6
     shift
     marks="not long and not gpu"
     case "${1:-}" in --all) marks="not gpu"; shift ;; --gpu) marks=gpu; shift ;; esac

@@ -53,6 +53,21 @@ import model as llava
 import train
 from data import IGNORE, IMAGE, ChatText, PictureTransform
 
+
+def test_the_formatter_changes_nothing():
+    command = [sys.executable, "-m", "ruff", "format", "--check", "--no-cache", HERE]
+    assert subprocess.run(command).returncode == 0
+
+
+def test_libraries_import_nothing_of_the_project():
+    """And so each of them works alone; the others import one way only."""
+    ours = {path.stem for path in HERE.glob("*.py")}
+    for name in ("data", "model", "lora", "fast", "checkpoint", "cli"):
+        source = (HERE / f"{name}.py").read_text()
+        imported = re.findall(r"^\s*(?:import|from) (\w+)", source, re.M)
+        assert not ours & set(imported), name
+
+
 ALONE = {  # ten lines each that know nothing of the other files, and what they print
     "model": (
         """
