@@ -389,7 +389,7 @@ def answers_of(model, batch: dict, text, ours: bool, device) -> list[str]:
 def run_without_training(job: dict) -> dict:
     """Seconds of each batch, and the loss over its rows or the answers to its questions."""
     ours, device = job["side"] == "ours", "cuda" if torch.cuda.is_available() else "cpu"
-    work, source, size = Path(job["work"]), Path(job["model"]), job["micro_batch"]
+    source, size = Path(job["model"]), job["micro_batch"]
     dataset = open_rows(job)
     if ours:
         model = evaluate.open_model(source, dtype=DTYPES[job["dtype"]], device=device)

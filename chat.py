@@ -31,7 +31,7 @@ from data import IMAGE, VERSIONS, ChatText, PictureTransform, decode_picture
 from evaluate import open_model
 from model import Llava, open_tokenizer, resolve
 
-HELP = "/image FILE shows it a picture, /clear begins anew; Ctrl-C stops an answer, Ctrl-D ends"
+HELP = "/image FILE shows a picture, /clear begins anew, Ctrl-C stops an answer, Ctrl-D ends"
 
 
 def reply(model: Llava, text: ChatText, messages: list[dict], pixels: list, **options) -> str:

@@ -55,6 +55,8 @@ def open_run(out: Path, same: dict, resume: str | None) -> str:
         if resume not in (None, "latest"):
             raise ValueError(f"{where}: no run there to resume from {resume}")
         return secrets.token_hex(8)
+    if not checkpoints(out) and not (out / "final").exists():
+        return secrets.token_hex(8)  # it ended before it had learnt anything that lasts
     if resume is None:
         advice = "resume it with --resume_from_checkpoint latest, or name a new folder"
         raise ValueError(f"{where} holds a run: {advice}")
@@ -65,8 +67,9 @@ def open_run(out: Path, same: dict, resume: str | None) -> str:
     for name, value in same.items():
         was = run["same"].get(name)
         if was != value:
+            change = f"{was}, not {value}" if name.startswith("--") else "that is another one now"
             advice = "a run goes on as it began: change it back, or name a new folder"
-            raise ValueError(f"{where} holds a run with {name} {was}, not {value}; {advice}")
+            raise ValueError(f"{where} holds a run with {name} {change}; {advice}")
     return run["id"]
 
 
@@ -76,6 +79,8 @@ def begin(out: Path, run_id: str, same: dict, flags: dict):
     file = lock(out)
     for part in out.glob("checkpoint-*.part"):  # the run was killed while it saved
         shutil.rmtree(part)
+    if not checkpoints(out):
+        shutil.rmtree(out / "best", ignore_errors=True)  # of a run that is begun anew
     run = {"format": FORMAT, "id": run_id, "same": same, "args": flags}  # report.py reads these
     (out / "run.json.part").write_text(json.dumps(run, indent=2))
     (out / "run.json.part").rename(out / "run.json")

@@ -208,9 +208,10 @@ class Asker:
 
     def take(self, batch: dict, features: tuple):
         """The questions of a batch, whose pictures have these features."""
-        for row, *tensors in zip(batch["rows"], batch["input_ids"], batch["labels"], features):
-            if 0 <= row < self.rows:
-                self.waiting += questions_of(self.dataset, self.judge, row, *tensors)
+        rows = zip(batch["rows"], batch["input_ids"], batch["labels"], features)
+        for row, ids, labels, seen in rows:
+            if 0 <= row < self.rows and (labels != data.IGNORE).any():  # neither empty nor skipped
+                self.waiting += questions_of(self.dataset, self.judge, row, ids, labels, seen)
         self.nothing = Question((-1, 0), torch.tensor([0]), features[0][:0], [], [], {})
         self.ask(self.size)
 

@@ -21,6 +21,7 @@ import collections
 import functools
 import hashlib
 import json
+import logging
 import math
 import re
 from pathlib import Path
@@ -113,6 +114,7 @@ def nf4_linear(
     The weight may be mapped from a file: it is read once, and only the packed one stays in memory.
     quant_storage is the dtype that packed bytes pass for: ZeRO-3 can shard bf16, but not uint8.
     """
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it suggests kernels for CPUs
     from bitsandbytes.nn import Linear4bit, Params4bit  # here: LoRA alone does without bitsandbytes
 
     nf4 = {"quant_type": "nf4", "compress_statistics": True, "quant_storage": quant_storage}
@@ -166,9 +168,11 @@ def true_shape(parameter):
 def paths_of(target_modules, inside):
     """A regular expression on whole paths for names as PEFT's users write them: "q_proj,v_proj".
 
-    They mean the layers of those names whose path matches `inside`, where PEFT takes any. What is
-    no list of names is a regular expression already.
+    They mean the layers of those names whose path matches `inside`, where PEFT takes any, and
+    "all-linear" means all of these. Anything else is taken as a regular expression.
     """
+    if target_modules == "all-linear":
+        return inside
     if not re.fullmatch("[A-Za-z0-9_]+(,[A-Za-z0-9_]+)*", target_modules):
         return target_modules
     return rf"(?=(?:{inside})\Z)(?:.*\.)?(?:{target_modules.replace(',', '|')})"
@@ -410,6 +414,11 @@ def read_adapter(folder, base=None, rename=str, model=None):
     Raises ValueError unless the adapter has just the keys and shapes that its base asks for.
     """
     folder, on_disk = Path(folder), read_folder(base) if base else {}
+    if not (folder / CONFIG).is_file():
+        where = (
+            f"; there is one in {folder / 'final'}" if (folder / "final" / CONFIG).is_file() else ""
+        )
+        raise FileNotFoundError(f"--adapter {folder}: no {CONFIG}, so no adapter{where}")
     config = read_config(folder / CONFIG)
     parameters = dict(model.named_parameters()) if model else {}
     shapes = base_shapes({**parameters, **on_disk}, rename)

@@ -96,7 +96,7 @@ def report(distances, args):
     dequantized = summary([choices[-1] for choices in distances.values()])
     print(
         f"{args.out}: {args.model_name_or_path} with {args.adapter} merged into {len(distances)} "
-        f"layers; distance from what was trained: {dequantized if args.dequantize else as_it_is}"
+        f"layers;\ndistance from what was trained: {dequantized if args.dequantize else as_it_is}"
     )
     if any(len(choices) > 1 for choices in distances.values()):
         print(f"  without --dequantize: onto the weights as they are on disk: {as_it_is}")

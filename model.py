@@ -181,8 +181,14 @@ class Llava(nn.Module):
 
 def resolve(name: str | Path, hint: str = "--model_name_or_path") -> Path:
     """The local folder of a model: a folder as it is, a hub id after downloading it."""
-    if Path(name).is_dir():
-        return Path(name)
+    folder = Path(name)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        if (folder / "adapter_config.json").is_file():
+            raise ValueError(f"{hint} {name}: an adapter; name its base, and this as --adapter")
+        if (folder / "final").is_dir():
+            raise ValueError(f"{hint} {name}: a run's folder; its model is {folder / 'final'}")
+    if folder.is_dir():
+        return folder
     if not re.fullmatch(r"[\w-]+/[\w.-]+", str(name)) or Path(name).parent.is_dir():
         raise FileNotFoundError(f"{hint} {name}: no such folder here, nor a hub id like owner/name")
     others = "*.msgpack *.h5 *.ot *.md *.pth *.gguf original/* onnx/*".split()

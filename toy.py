@@ -412,6 +412,7 @@ def main(argv=None):
             make_data(part, args.scenes, args.seed)
         else:
             make_model(part, toy_words())
+    print(f"{args.out}: written")
 
 
 if __name__ == "__main__":

@@ -34,9 +34,11 @@ import math
 import os
 import re
 import signal
+import socket
 import sys
 import time
 import traceback
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -155,6 +157,9 @@ def parse(argv) -> argparse.Namespace:
     add("--report_to", choices=trackers, default="none", help="figures, answers and pictures, too")
 
     args = parser.parse_args(argv)
+    trainers = {"True": "latest", "False": None}  # what Trainer's users write
+    resume = args.resume_from_checkpoint
+    args.resume_from_checkpoint = trainers.get(resume, resume)
     for wrong, message in contradictions(args):
         if wrong:
             parser.error(message)
@@ -235,6 +240,12 @@ def add_adapters(model, args, dtype):
     targets = lora.paths_of(args.lora_target_modules, llava.DECODER)
     options = args.lora_r, args.lora_alpha, args.lora_dropout, args.use_rslora
     names = lora.inject(model, targets, *options, dtype)
+    for word in args.lora_target_modules.split(","):
+        if word.isidentifier() and not any(name.endswith(f".{word}") for name in names):
+            known = sorted({name.rpartition(".")[2] for name in names})
+            raise ValueError(
+                f"--lora_target_modules: {word} is no layer of the decoder, as {known}"
+            )
     outside = [name for name in names if not re.fullmatch(llava.DECODER, name)]
     if outside:
         raise ValueError(
@@ -553,7 +564,7 @@ def deepspeed_config(args) -> dict:
 FREE_FLAGS = """output_dir resume_from_checkpoint dataloader_num_workers logging_steps save_steps
     save_total_limit on_bad_record per_device_eval_batch_size local_rank report_to per_device_train_batch_size
     gradient_accumulation_steps gradient_checkpointing deepspeed offload data_path
-    validation_data_path image_folder dry_run""".split()
+    validation_data_path image_folder dry_run eval_samples max_new_tokens""".split()
 
 
 def rows_a_step(args) -> int:
@@ -567,14 +578,14 @@ def what_must_stay(args, source: Path) -> dict:
     same = {f"--{name}": value for name, value in vars(args).items() if name not in FREE_FLAGS}
     same["--model_name_or_path"] = str(source.resolve())
     same["--adapter"] = args.adapter and str(Path(args.adapter).resolve())
-    same["rows a step (micro batch x accumulation x processes)"] = rows_a_step(args)
-    same["a base whose weights hash to"] = lora.base_fingerprint(source, llava.transformers_name)
+    same["--per_device_train_batch_size x accumulation x processes"] = rows_a_step(args)
+    same["a base (its weights)"] = lora.base_fingerprint(source, llava.transformers_name)
     for name in ("data_path", "validation_data_path"):
         path = getattr(args, name)
         if path and not Path(path).is_file():
             raise FileNotFoundError(f"--{name} {path}: no such file")
         digest = hashlib.sha256(Path(path).read_bytes()).hexdigest() if path else None
-        same[f"a --{name} whose content hashes to"] = digest
+        same[f"the rows of {name}"] = digest
     return same
 
 
@@ -601,6 +612,8 @@ def open_rows(args, path: str | None, source: Path, text):
     fault = rows[bad[0] if bad else 0]["fault"]
     if fault and args.on_bad_record == "stop":
         evaluate.use_or_stop([fault], "stop")
+    if len(bad) == len(rows):
+        raise ValueError(f"{path}: none of its rows can be used, such as: {fault}")
     if bad:
         print(f"{path}: {len(bad):,} of {len(rows):,} rows are skipped: check.py lists them")
     return rows
@@ -763,6 +776,8 @@ def training_mode(model):
 def open_run(args, source: Path, config: dict | None) -> Run | None:
     """The run of these flags, or None where it is complete."""
     out, same = Path(args.output_dir), what_must_stay(args, source)
+    if args.dry_run:
+        return Run(args, source, config, "", same)
     run_id = checkpoint.open_run(out, same, args.resume_from_checkpoint)
     if (out / "final").is_dir():
         print(f"{out}: this run is complete")
@@ -835,7 +850,7 @@ def train(run: Run, args, signals: list) -> int:
         return 0
     if stopping and progress["step"] < run.total:
         print(
-            f"stopped after step {progress['step']} of {run.total}: the same command goes on, "
+            f"stopped after step {progress['step']} of {run.total}: the same command goes on,\n"
             "train.py's with --resume_from_checkpoint latest"
         )
         return 3
@@ -852,8 +867,11 @@ PATIENCE_SECONDS = 4
 
 def start_processes(args):
     """Sets up this process, and joins the launcher's others; without a launcher it is alone."""
+    with socket.socket() as free:  # a port that no other run on this machine has
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
-    alone |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    alone |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     for name, value in alone.items():
         os.environ.setdefault(name, value)
     torch.backends.cuda.matmul.allow_tf32 = args.tf32
@@ -862,6 +880,7 @@ def start_processes(args):
     if args.deepspeed:
         import deepspeed
 
+        warnings.filterwarnings("ignore", "`torch.distributed.all_gather_into_tensor`")  # its call
         # gloo will do: compiling this, a run that is killed leaves a lock, and all later ones wait.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(timeout=TIMEOUT)

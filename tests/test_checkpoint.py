@@ -384,9 +384,9 @@ def former(root):
 @pytest.mark.parametrize(
     "change, flags, says",
     [
-        (shrink, {}, "--data_path whose content"),
-        (grow, {}, "--data_path whose content"),
-        (change_word, {}, "--data_path whose content"),
+        (shrink, {}, "the rows of data_path"),
+        (grow, {}, "the rows of data_path"),
+        (change_word, {}, "the rows of data_path"),
         (change_base, {}, "base whose weights"),
         (former, {}, "format of another version"),
         (None, {"max_steps": 5}, "--max_steps 4, not 5"),

@@ -309,7 +309,11 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_its_records(world, tm
 def test_bad_flags_are_one_line_and_write_nothing(world, tmp_path, flags, says):
     """Traps 9, 16, 35. Exit status 2, as argparse's own."""
     (tmp_path / "held").mkdir()
-    args = run(world, tmp_path / "held2", max_steps=1) if "HELD" in flags.values() else None
+    args = (
+        run(world, tmp_path / "held2", max_steps=1, save_steps=1)
+        if "HELD" in flags.values()
+        else None
+    )
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.tex").write_text("x")
     if args:
