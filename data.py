@@ -36,7 +36,6 @@ import functools
 import io
 import json
 import os
-import posixpath
 import re
 import shutil
 import signal
@@ -180,14 +179,10 @@ class Pictures:
 
     def find(self, name: str) -> str | None:
         r"""The name as the folder or zip has it: a row may say .\a.png or .//a.png for a.png."""
-        for spelling in (name, posixpath.normpath(name.replace("\\", "/")).lstrip("/")):
-            if self.archive:
-                found = spelling in self.archive.NameToInfo and not spelling.endswith("/")
-            else:
-                found = os.path.isfile(self.path / spelling)
-            if found:
-                return spelling
-        return None
+        name = os.path.normpath(name.replace("\\", "/"))
+        if self.archive:
+            return name if name in self.archive.NameToInfo else None
+        return name if os.path.isfile(self.path / name) else None
 
     def read(self, name: str, at_most: int = -1) -> bytes:
         """A file's bytes, or the first `at_most` of them; FileNotFoundError or ValueError."""
@@ -236,7 +231,6 @@ TEMPLATES = {
         "{{ '<|im_start|>assistant\n' if add_generation_prompt else '' }}",
     ),
 }
-VERSIONS = ["plain", *TEMPLATES, "own"]
 SYSTEM_AND_TURNS = (
     "{% set own = messages[0].role == 'system' %}{% set turns = messages[1:] if own else messages %}"
     "{% set system = messages[0].content if own else DEFAULT %}"
@@ -416,8 +410,7 @@ ROW = (
     '{"image": "a.jpg", "conversations": [{"from": "human", "value": "<image>\\nWhat is it?"}, '
     '{"from": "gpt", "value": "A frog."}]}'
 )
-ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant"}
-ROLES["system"] = "system"
+ROLES = {"human": "user", "gpt": "assistant"}
 NOT_READ = ["video", "videos", "audio", "audios"]
 MISNAMED = ["image_path", "image_paths", "image_file", "image_url", "image_urls", "img", "picture"]
 
@@ -440,34 +433,29 @@ def read_content(content) -> tuple[str | None, list[str]]:
     return text, names
 
 
-def check_row(row: dict, turns: list[tuple], pictures: list):
+def check_row(row: dict, turns: list[tuple], talk: list[tuple], pictures: list):
     """Raises ValueError for what would be wrong in silence, and what people really get wrong.
 
-    turns   (number in the file, role or None, text or None) of each
+    `turns` are (number, role, text), text None where it is none; `talk` those but the system's.
     """
-    talk = [turn for turn in turns if turn[1] != "system" or turn is not turns[0]]
     due = ["user", "assistant"] * len(talk)
-    wanted = sum(str(text).count(IMAGE) for _, role, text in turns if role == "user")
     unexpected = [n for (n, role, _), other in zip(talk, due) if role != other]
     wordless = [n for n, _, text in turns if text is None or re.search("[\ud800-\udfff]", text)]
     ignored = [key for key in NOT_READ + MISNAMED * (not pictures) if row.get(key)]
     nameless = [repr(name) for name in pictures if not (name and isinstance(name, str))]
-    miscounted = [len(pictures)] if len(pictures) != wanted else []
+    wanted = sum(str(text).count(IMAGE) for _, role, text in turns if role == "user")
+    given = [len(pictures)] if len(pictures) != wanted else []
     faults = [  # what is wrong, empty where all is well, and what to say of the first
         (unexpected, "turn %s: human and gpt (user, assistant) must alternate, human first"),
         (wordless, "turn %s: neither a string of whole characters nor parts of text and images"),
         ([] if talk else ["gpt"], "there is no %s turn, so nothing to learn: add an answer"),
         (ignored, '"%s" would be ignored: pictures stand in "image", and only they are read'),
         (nameless, '"image" is %s, neither a file name nor a list of them: mend or remove it'),
-        (
-            miscounted,
-            f"%s picture(s) but {wanted} {IMAGE} in the human turns: write one {IMAGE} where each "
-            'picture belongs, and name each in "image"',
-        ),
+        (given, f"%s picture(s) but {wanted} {IMAGE} in human turns: write one {IMAGE} for each"),
     ]
-    for wrong, text in faults:
+    for wrong, what in faults:
         if wrong:
-            raise ValueError(text % wrong[0])
+            raise ValueError(what % wrong[0])
 
 
 def parse_record(row: dict) -> tuple[list[dict], list[str]]:
@@ -487,14 +475,15 @@ def parse_record(row: dict) -> tuple[list[dict], list[str]]:
             pictures += found if isinstance(found, list) else [found]
     for n, turn in enumerate(turns, 1):
         text, names = read_content(turn.get("value", turn.get("content")))
-        said.append((n, ROLES.get(str(turn.get("from", turn.get("role")))), text))
+        role = turn.get("from", turn.get("role"))
+        said.append((n, ROLES.get(str(role), role), text))
         pictures += names
     first = int(said[0][1] == "system")
     if said[first:] and said[first][1] == "assistant":
         del said[first]
     if said and said[-1][1] == "user":  # a question without an answer teaches nothing
         said.pop()
-    check_row(row, said, pictures)
+    check_row(row, said, said[first:], pictures)
     return [{"role": role, "content": text} for _, role, text in said], pictures
 
 
@@ -595,31 +584,6 @@ class LlavaDataset(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.records)
 
-    def __getitem__(self, i: int) -> dict:
-        fault = None
-        if i >= 0:
-            try:
-                return self.load(i)
-            except (ValueError, OSError) as error:
-                fault = f"{self.records.where(i)}: {error}"
-            if self.on_bad_record == "stop":
-                raise ValueError(fault)
-        return self.item(i, [0], [IGNORE], [], fault=fault)
-
-    def item(self, i: int, ids, labels, pixels, cut: int = 0, fault: str | None = None) -> dict:
-        size = self.transform.size
-        pixels = np.array(pixels, np.float32).reshape(-1, 3, size, size)  # (n, 3, S, S), n may be 0
-        tensors = {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels)}
-        tensors["pixel_values"] = torch.from_numpy(pixels)
-        return {**tensors, "row": i, "cut": cut, "fault": fault}
-
-    def load(self, i: int) -> dict:
-        messages, names = parse_record(self.records[i])
-        ids, labels = self.text.ids_and_labels(messages)
-        keep = self.fit(ids, labels)
-        pixels = [self.picture(name) for name in names]
-        return self.item(i, ids[:keep], labels[:keep], pixels, cut=len(ids) - keep)
-
     def picture(self, name: str) -> np.ndarray:
         """(3, S, S) float32: one of the pictures, as the tower gets it."""
         return self.transform(decode_picture(self.pictures.read(name), name))
@@ -638,6 +602,28 @@ class LlavaDataset(torch.utils.data.Dataset):
             return keep
         limit = f"--model_max_length {self.max_length}"
         raise ValueError(f"the row has {widths[-1]} tokens, and {limit} {lost}: raise it")
+
+    def load(self, i: int) -> tuple:
+        messages, names = parse_record(self.records[i])
+        ids, labels = self.text.ids_and_labels(messages)
+        keep = self.fit(ids, labels)
+        pixels = [self.picture(name) for name in names]
+        return ids[:keep], labels[:keep], pixels, len(ids) - keep
+
+    def __getitem__(self, i: int) -> dict:
+        ids, labels, pixels, cut, fault = [0], [IGNORE], [], 0, None
+        try:
+            if i >= 0:
+                ids, labels, pixels, cut = self.load(i)
+        except (ValueError, OSError) as error:
+            fault = f"{self.records.where(i)}: {error}"
+            if self.on_bad_record == "stop":
+                raise ValueError(fault) from None
+        shape = -1, 3, self.transform.size, self.transform.size  # (n, 3, S, S), where n may be 0
+        pixels = np.array(pixels, np.float32).reshape(shape)
+        item = {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels)}
+        item["pixel_values"] = torch.from_numpy(pixels)
+        return {**item, "row": i, "cut": cut, "fault": fault}
 
 
 def open_dataset(
@@ -759,16 +745,12 @@ def loader(dataset, batches: list, collate, workers: int, pin_memory: bool = Fal
                 "/dev/shm is too small for workers: the main process prepares the rows, which is "
                 "slower (docker run --shm-size=8g cures it)"
             )
-    found = torch.utils.data.DataLoader(
-        dataset,
-        batch_sampler=batches,
-        collate_fn=collate,
-        num_workers=workers,
-        multiprocessing_context="fork" if workers else None,
-        worker_init_fn=ignore_signals,
-        generator=torch.Generator(),  # the default would draw from dropout's
-        pin_memory=pin_memory,
-    )
+    options = {"collate_fn": collate, "pin_memory": pin_memory}
+    if workers:
+        options |= {"num_workers": workers, "multiprocessing_context": "fork"}
+        options["worker_init_fn"] = ignore_signals
+    own = torch.Generator()  # the default would draw from dropout's
+    found = torch.utils.data.DataLoader(dataset, batch_sampler=batches, generator=own, **options)
     try:
         yield from found
     except RuntimeError as error:
