@@ -21,10 +21,12 @@ One row, by hand (`folder` is a LLaVA model's; pictures may also lie in a .zip):
 
 All rows, in the order of epoch 0, in batches of 4 x 2 rows for an optimizer step:
 
-    rows = open_dataset("train.json", "images", folder, config, tokenizer)
-    steps = plan_epoch(rows.records.lengths, rows.records.has_picture, 8, 0, 0, by_modality=True)
+    dataset = open_dataset("train.json", "images", folder, config, tokenizer)
+    lengths, has_picture = dataset.records.lengths, dataset.records.has_picture
+    steps = plan_epoch(lengths, has_picture, global_batch=8, seed=0, epoch=0, by_modality=True)
     batches = micro_batches(steps, accumulation=2, world=1, rank=0)
-    for batch in loader(rows, batches, Collator(rows.image_token_id, 576), workers=2):
+    collate = Collator(dataset.image_token_id, tokens_per_picture=576)
+    for batch in loader(dataset, batches, collate, workers=2):
         print(batch["input_ids"].shape, batch["labels"].shape, batch["pixel_values"].shape)
 
 Sources: LLaVA's rows, templates and masks (github.com/haotian-liu/LLaVA, llava/conversation.py and
@@ -264,8 +266,7 @@ def named_template(version: str, has_bos: bool) -> str:
 def prepare_turns(messages: list[dict], control: re.Pattern) -> list[dict]:
     """The turns with a question's only picture first, as LLaVA's preprocess_multimodal puts it.
 
-    An answer loses empty lines in front, which the token of the template's newline would swallow.
-    Raises ValueError where a turn says what only templates may: </s>, or <image> in an answer.
+    ValueError where a turn says what only templates may (`control`): </s>, <image> in an answer.
     """
     prepared = []
     for message in messages:
@@ -276,6 +277,7 @@ def prepare_turns(messages: list[dict], control: re.Pattern) -> list[dict]:
         if role == "user" and content.count(IMAGE) == 1:
             content = f"{IMAGE}\n{content.replace(IMAGE, '').strip()}".strip()
         elif role == "assistant":
+            # Empty lines in front would become one token with the template's newline.
             content = re.sub(r"\A\s*[\r\n]", "", content)
         prepared.append({"role": role, "content": content})
     return prepared
@@ -292,9 +294,7 @@ class ChatText:
     .......................... prompt, ignored ........................^^^^^^^^^^^^^^^^^..
                                                                        answer and end token
 
-    chat_template   what a model folder is given; None for `plain`
-    stop_ids        the ids that end an answer
-    control         the strings that only a template may say
+    chat_template is what a model folder is given, None for `plain`; stop_ids end an answer.
     """
 
     def __init__(self, tokenizer, version: str = "own"):
@@ -313,15 +313,13 @@ class ChatText:
             pieces = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
             self.stop_ids = [i for i, piece in enumerate(pieces) if "\n" in piece]
         elif version == "own":
-            self.adopt(tokenizer.chat_template and tokenizer.get_chat_template())  # of several, one
+            own = tokenizer.chat_template and tokenizer.get_chat_template()  # of several, one
+            self.use_template(own)
         else:
-            self.adopt(named_template(version, bool(self.bos)))
+            self.use_template(named_template(version, bool(self.bos)))
 
-    def adopt(self, template: str | None):
-        """Has a template take strings and parts; finds, on two questions, how answers begin and end.
-
-        Raises ValueError where it cannot teach.
-        """
+    def use_template(self, template: str | None):
+        """Tries it on two questions: how answers begin and end. ValueError where it cannot teach."""
         if not template:
             raise ValueError("the model folder has no chat template: name one with --version v1")
         template = template.removeprefix(AS_STRINGS).removeprefix(AS_PARTS)
@@ -348,10 +346,10 @@ class ChatText:
             raise ValueError(f"the chat template refuses this conversation: {error}") from None
 
     def find_answers(self, text: str, messages: list[dict]) -> list[tuple[int, int]]:
-        """Where each answer begins and ends, its end token included, in the rendered text.
+        """Where each answer begins and ends in the rendered text, walked along turn by turn.
 
-        Walked along once, turn by turn: an answer begins behind its question and what stands there
-        in a generation prompt, and ends with the first control string that follows.
+        It begins behind its question and what stands there in a generation prompt, and ends with
+        the first control string that follows: its end token.
         """
         at, answers = 0, []
         for n, message in enumerate(messages):
@@ -378,9 +376,9 @@ class ChatText:
         return answers
 
     def ids_and_labels(self, messages: list[dict], prompt: bool = False) -> tuple[list, list]:
-        """Token ids (t,) with one <image> id for each picture, and labels (t,): the id, or -100.
+        """Token ids (t,) with one <image> id for each picture; labels (t,), the ids or IGNORE.
 
-        With `prompt` they end where an answer begins, and there are no labels.
+        With `prompt` the ids end where an answer begins, and nothing has a label.
         """
         messages = prepare_turns(messages, self.control)
         if self.version == "plain":  # picture and caption: the question is left out
@@ -416,9 +414,8 @@ MISNAMED = ["image_path", "image_paths", "image_file", "image_url", "image_urls"
 
 
 def read_content(content) -> tuple[str | None, list[str]]:
-    """What a turn says, and the pictures that its parts name; (None, []) if it is no text.
-
-    Parts are joined as the templates that we save join them.
+    """What a turn says, its parts joined as AS_STRINGS joins them (None if it is no text), and the
+    names of the pictures among them.
     """
     if isinstance(content, str):
         return content, []
@@ -487,11 +484,6 @@ def parse_record(row: dict) -> tuple[list[dict], list[str]]:
     return [{"role": role, "content": text} for _, role, text in said], pictures
 
 
-def image_list(row: dict) -> list[str]:
-    """The names of a row's pictures, wherever they stand."""
-    return parse_record(row)[1]
-
-
 def read_rows(path: Path) -> list:
     """The rows of a file: a JSON list, or one object a line; ValueError names the wrong line."""
     rows, before = [], 0
@@ -516,9 +508,9 @@ class Records:
     Forked workers share a buffer for good; a list of dicts they would copy page by page, because
     reading a Python object writes its reference count.
 
-    lengths       estimates of each row's tokens, four bytes of text to one, for the order of rows
+    lengths       an estimate of each row's tokens, four bytes of text to one
     has_picture   whether a row has pictures
-    bad_rows      numbers of those that are wrong, or say what only the template may (`control`)
+    bad_rows      the numbers of those that are wrong
     """
 
     def __init__(self, path: str | Path, tokens_per_picture: int = 576, control=None):
@@ -566,8 +558,7 @@ class LlavaDataset(torch.utils.data.Dataset):
     pixel_values (n, 3, S, S)      float32
     row, cut, fault                number; tokens lost to `max_length`; None, or why it was skipped
 
-    Item -1, and a skipped row, has one token and no label: it fills the batch and adds nothing to
-    the loss.
+    Item -1, and a skipped row, is one token without a label: it fills a batch, and teaches nothing.
     """
 
     records: Records
@@ -589,19 +580,16 @@ class LlavaDataset(torch.utils.data.Dataset):
         return self.transform(decode_picture(self.pictures.read(name), name))
 
     def fit(self, ids: list[int], labels: list[int]) -> int:
-        """How many ids fit into `max_length`. What is cut off is the end, wherever that falls, but
-        all pictures and at least one label must stay, else a ValueError.
-        """
+        """How many ids fit into `max_length`; ValueError if a picture does not, or no label."""
         widths = np.where(np.array(ids) == self.image_token_id, self.tokens_per_picture, 1).cumsum()
         keep = int((widths <= self.max_length).sum())
         if self.image_token_id in ids[keep:]:
-            lost = "would cut off a picture"
+            lost = "would cut off a picture: raise it"
         elif all(label == IGNORE for label in labels[:keep]):
-            lost = "would leave nothing to learn from"
+            lost = "would leave nothing to learn from: raise it"
         else:
             return keep
-        limit = f"--model_max_length {self.max_length}"
-        raise ValueError(f"the row has {widths[-1]} tokens, and {limit} {lost}: raise it")
+        raise ValueError(f"of {widths[-1]} tokens --model_max_length {self.max_length} {lost}")
 
     def load(self, i: int) -> tuple:
         messages, names = parse_record(self.records[i])
@@ -651,8 +639,8 @@ class Collator:
     """Makes a batch: each <image> id becomes `tokens_per_picture`, rows are padded on the right.
 
     input_ids, labels (B, T) int64; pixel_values (N, 3, S, S), in the order of the <image> ids.
-    Of a row nothing else is needed. There is no attention mask: causal attention never looks at
-    what comes after, and what stands in padded positions has no label.
+    There is no attention mask: causal attention never looks at what comes after, and what stands
+    in padded positions has no label.
     """
 
     def __init__(self, image_token_id: int, tokens_per_picture: int):
@@ -711,8 +699,7 @@ def plan_epoch(lengths, has_picture, global_batch: int, seed: int, epoch: int, b
 def micro_batches(steps: np.ndarray, accumulation: int, world: int, rank: int, start: int = 0):
     """This rank's micro-batches, lists of rows, `accumulation` of them for each step from `start`.
 
-    Neighbours in length share a micro-batch, and ranks take neighbours: padding and waiting are
-    least.
+    Neighbours in length share one, and ranks take neighbours: padding and waiting are least.
     """
     micro = steps.shape[1] // (accumulation * world)
     rows = steps[start:].reshape(-1, accumulation, world, micro)[:, :, rank]
@@ -734,27 +721,23 @@ def loader(dataset, batches: list, collate, workers: int, pin_memory: bool = Fal
     """Batches, prepared by worker processes that are forked, so they share the rows with this one.
 
     They hand them over in /dev/shm, each two in advance. Where that is too small (Docker's default
-    is 64 MB) the run would hang: then this process prepares them.
+    is 64 MB) a run would hang, so this process prepares them.
     """
     if workers and batches and os.path.isdir("/dev/shm"):
         samples = [dataset[batch[0]] for batch in batches[:: len(batches) // 3 + 1]]
         largest = max((row["pixel_values"].nbytes for row in samples), default=0)
         if 2 * workers * len(batches[0]) * largest > shutil.disk_usage("/dev/shm").free:
             workers = 0
-            say_once(
-                "/dev/shm is too small for workers: the main process prepares the rows, which is "
-                "slower (docker run --shm-size=8g cures it)"
-            )
+            say_once("/dev/shm is too small, so rows have no workers (docker run --shm-size=8g)")
     options = {"collate_fn": collate, "pin_memory": pin_memory}
     if workers:
         options |= {"num_workers": workers, "multiprocessing_context": "fork"}
         options["worker_init_fn"] = ignore_signals
-    own = torch.Generator()  # the default would draw from dropout's
-    found = torch.utils.data.DataLoader(dataset, batch_sampler=batches, generator=own, **options)
+    options["generator"] = torch.Generator()  # the default would draw from dropout's
+    prepared = torch.utils.data.DataLoader(dataset, batch_sampler=batches, **options)
     try:
-        yield from found
+        yield from prepared
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
-        reason = f"a process that prepares rows has died ({error})"
-        raise ValueError(f"{reason}: lower --dataloader_num_workers") from None
+        raise ValueError(f"a worker has died ({error}): lower --dataloader_num_workers") from None

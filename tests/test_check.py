@@ -34,7 +34,7 @@ def one_row(toy, tiny):
 
 def test_check_shows_a_row_as_the_model_gets_it(toy, tiny, one_row, capsys):
     rows = json.loads((toy / "train.json").read_text())
-    i = next(i for i, r in enumerate(rows) if len(data.image_list(r)) == 2)
+    i = next(i for i, r in enumerate(rows) if len(data.parse_record(r)[1]) == 2)
     assert check.main([*one_row, "--index", str(i), "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
     dataset = open_dataset(toy / "train.json", toy / "images", tiny)
@@ -72,7 +72,7 @@ def test_thumbnails_are_the_picture_again(tiny):
 )
 def test_a_bad_call_of_check_is_one_line(toy, one_row, capsys, argv, error):
     rows = json.loads((toy / "train.json").read_text())
-    first = next(i for i, r in enumerate(rows) if data.image_list(r) and len(r["kinds"]) > 1)
+    first = next(i for i, r in enumerate(rows) if data.parse_record(r)[1] and len(r["kinds"]) > 1)
     try:
         status = check.main([*one_row, "--index", str(first), *argv])
     except SystemExit as stop:
@@ -125,11 +125,11 @@ def test_check_finds_what_training_would_stumble_over(tiny, tmp_path, capsys, pl
     wanted = [
         r"2 rows, such as row 2 \(id gone\), row 4 \(id both\): picture gone.jpg: not in",
         *[r"row 3 \(id 0\): picture cut.jpg: not one that can be read .*truncated"] * full,
-        r"row 4 \(id both\): the row has 1\d+ tokens, and .* would cut off a picture: raise it",
+        r"row 4 \(id both\): of 1\d+ tokens .* would cut off a picture: raise it",
         r"row 4 \(id both\): picture text.jpg: not one that can be read",
         r"row 5 \(id no placeholder\): 1 picture\(s\) but 0 <image>",
         r"row 6 \(id mute\): there is no gpt turn",
-        r"row 8 \(id nothing left\): the row has .* tokens, and .* nothing to learn .* raise it",
+        r"row 8 \(id nothing left\): of .* tokens .* nothing to learn .* raise it",
         r"row 9: expected a row such as {",
     ]
     assert len(faults) == len(wanted), out

@@ -119,7 +119,7 @@ def test_workers_finish_whatever_the_run_is_told():
 def test_a_worker_that_dies_ends_the_run_in_one_line():
     parent = os.getpid()
     dies = Rows(lambda i: i == 3 and os.getpid() != parent and os.kill(os.getpid(), signal.SIGKILL))
-    with pytest.raises(ValueError, match="a process that prepares rows has died .*lower --data"):
+    with pytest.raises(ValueError, match="a worker has died .*lower --data"):
         list(load(dies))
 
 

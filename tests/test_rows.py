@@ -138,7 +138,7 @@ def test_both_forms_of_a_row_have_equal_ids_and_labels(open_rows):
         first, *others = [dataset[i] for i in range(len(rows))]
         for other in others:
             assert all(first[k].equal(other[k]) for k in ("input_ids", "labels", "pixel_values"))
-    assert data.image_list(alike[0][5]) == images["images"]
+    assert data.parse_record(alike[0][5])[1] == images["images"]
 
 
 def test_records_come_back_as_they_were(tmp_path):
@@ -328,13 +328,13 @@ def test_the_lines_of_the_docstring_make_a_batch(open_rows, tiny, tmp_path, monk
     names["tokenizer"] = llava.open_tokenizer(tiny)
     lines = data.__doc__[data.__doc__.index("One row, by hand") :].splitlines()
     exec("\n".join(line[4:] for line in lines if line.startswith("    ")), names)
-    collate = data.Collator(names["rows"].image_token_id, 576)
+    collate = data.Collator(names["dataset"].image_token_id, 576)
     by_hand = {
         "input_ids": torch.tensor(names["input_ids"]),
         "labels": torch.tensor(names["labels"]),
     }
     by_hand["pixel_values"] = torch.tensor(np.stack(names["pixel_values"]))
-    batch, same = collate([by_hand]), collate([names["rows"][0]])
+    batch, same = collate([by_hand]), collate([names["dataset"][0]])
     assert all(batch[key].equal(same[key]) for key in by_hand)
     assert names["batch"]["pixel_values"].shape == (4, 3, 336, 336)
     assert len(capsys.readouterr().out.splitlines()) == 4  # 12 rows of 8 a step, 4 at a time
