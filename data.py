@@ -171,13 +171,12 @@ class Pictures:
 
     def __init__(self, path: str | Path):
         self.path, self.archive, self.process = Path(path), None, os.getpid()
-        if not self.path.exists():
-            raise FileNotFoundError(f"--image_folder {path}: no such folder or .zip")
         if not self.path.is_dir():
             try:
                 self.archive = zipfile.ZipFile(self.path)
             except Exception as error:  # zipfile, too, raises nearly anything
-                raise ValueError(f"--image_folder {path}: not a whole .zip ({error})") from None
+                wanted = "neither a folder nor a whole .zip"
+                raise ValueError(f"--image_folder {path}: {wanted} ({error})") from None
 
     def find(self, name: str) -> str | None:
         r"""The name as the folder or zip has it: a row may say .\a.png or .//a.png for a.png."""
@@ -206,9 +205,9 @@ class Pictures:
 
 # --- a conversation > ids and labels ---
 
-# LLaVA's conversation templates as Jinja, to the character (llava/conversation.py): the default
-# system text and the rest. The tokenizer or processor puts the first BOS in front; BOS here stands
-# for later ones, where the model has one.
+# LLaVA's conversation templates (llava/conversation.py) as Jinja, equal to the character. Of each,
+# the system text where a row has none, and how `system` and `turns` are written. BOS is one inside a
+# conversation, for models that have it: the tokenizer puts the first in front.
 TEMPLATES = {
     "v1": (
         "A chat between a curious user and an artificial intelligence assistant. "
@@ -304,11 +303,11 @@ class ChatText:
             raise ValueError(f"{type(tokenizer).__name__} is slow: it has no offsets of tokens")
         self.tokenizer, self.version, self.chat_template = tokenizer, version, None
         self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE)
-        first = tokenizer("a").input_ids[:1]  # only ids tell: `add_bos_token` misleads
+        first = tokenizer("a").input_ids[:1]  # BOS or not? `add_bos_token` misleads, ids do not
         self.bos = first if first == [tokenizer.bos_token_id] else []
         special = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
         control = sorted({*special, *tokenizer.all_special_tokens, IMAGE}, key=len, reverse=True)
-        self.control = re.compile("|".join(map(re.escape, control)))
+        self.control = re.compile("|".join(map(re.escape, control)))  # of two, the longer is found
         if version == "plain":
             pieces = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
             self.stop_ids = [i for i, piece in enumerate(pieces) if "\n" in piece]
@@ -319,7 +318,7 @@ class ChatText:
             self.use_template(named_template(version, bool(self.bos)))
 
     def use_template(self, template: str | None):
-        """Tries it on two questions: how answers begin and end. ValueError where it cannot teach."""
+        """Finds on two questions how it begins and ends answers; ValueError where it cannot teach."""
         if not template:
             raise ValueError("the model folder has no chat template: name one with --version v1")
         template = template.removeprefix(AS_STRINGS).removeprefix(AS_PARTS)
@@ -356,23 +355,22 @@ class ChatText:
             role, content = message["role"], message["content"].strip()  # many templates strip
             place = text.find(content, at)
             behind = place + len(content)
-            if role == "assistant":
-                end = self.control.search(text, at)
-                shown = text[at : end.start()] if end else text[at:]
-                if not end or not shown.rstrip().endswith(content):
-                    fault = (
-                        f"makes {shown[:60]!r} of the answer {content[:60]!r}, or does not end it"
-                    )
-                    raise ValueError(f"the chat template {fault}: {ANOTHER}")
-                answers.append((at, end.end()))
-                at = end.end()
-            elif place < 0 or (role == "user" and self.begin not in text[behind:]):
+            begin = text.find(self.begin, behind)
+            end = self.control.search(text, at)
+            shown = text[at : end.start()] if end else text[at:]
+            if role == "assistant" and not (end and shown.rstrip().endswith(content)):
+                fault = f"makes {shown[:60]!r} of the answer {content[:60]!r}, or does not end it"
+                raise ValueError(f"the chat template {fault}: {ANOTHER}")
+            if place < 0 or (role == "user" and begin < 0):
                 fault = f"drops the {role} turn, or begins its answer unlike its generation prompt"
                 raise ValueError(f"the chat template {fault}: {ANOTHER}")
-            elif role == "user":
-                at = text.index(self.begin, behind) + len(self.begin)
+            if role == "user":
+                at = begin + len(self.begin)
+            elif role == "assistant":
+                answers.append((at, end.end()))
+                at = end.end()
             elif messages[n + 1]["content"].strip() in text[behind:]:
-                at = behind  # else it stands, as Mistral's, before the last question
+                at = behind  # else the system turn stands, as Mistral's, before the last question
         return answers
 
     def ids_and_labels(self, messages: list[dict], prompt: bool = False) -> tuple[list, list]:
@@ -394,8 +392,8 @@ class ChatText:
         starts = [start for start, _ in tokens.offset_mapping]
         for begin, end in answers:
             first, last = bisect_left(starts, begin), bisect_left(starts, end)
-            start, stop = tokens.offset_mapping[first - 1]  # of the token before
-            if text[begin:stop].strip():
+            start, stop = tokens.offset_mapping[first - 1]
+            if text[begin:stop].strip():  # the token before reaches into the answer
                 raise ValueError(f"{text[start:stop]!r} is one token, half an answer's: {ANOTHER}")
             labels[first:last] = ids[first:last]
         bos = [] if ids[:1] == self.bos else self.bos

@@ -64,7 +64,7 @@ def test_thumbnails_are_the_picture_again(tiny):
         (["--index", "-1"], "--index -1"),
         (["--model_max_length", "500"], "would cut off"),
         (["--data_path", "nowhere.json"], "No such file"),
-        (["--image_folder", "nowhere"], "no such folder"),
+        (["--image_folder", "nowhere"], "neither a folder nor"),
         (["--model_name_or_path", "nowhere"], "nowhere"),
         (["--version", "plain"], "--version plain takes one"),
         (["--wrong", "1"], "unrecognized"),
