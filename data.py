@@ -78,7 +78,7 @@ def upright(image: Image.Image) -> Image.Image:
 
 
 def to_8_bits(image: Image.Image) -> Image.Image:
-    """Greys of 16 bits by 257; of 32, and floats, from lowest to highest. Pillow clips all at 255."""
+    """Greys of 16 bits by 257; of 32, and floats, from lowest to highest: Pillow clips at 255."""
     sixteen = image.mode.startswith("I;16")
     if not sixteen and image.mode not in ("I", "F"):
         return image
@@ -96,7 +96,7 @@ def on_white(image: Image.Image) -> Image.Image:
 
 
 def decode_picture(data: bytes, name: str = "") -> Image.Image:
-    """The picture as any viewer shows it: upright, on white, RGB, the first frame; or ValueError."""
+    """What any viewer shows: the first frame, upright, on white, in RGB; or a ValueError."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # they name no file, and what cannot be read raises
@@ -206,8 +206,8 @@ class Pictures:
 # --- a conversation > ids and labels ---
 
 # LLaVA's conversation templates (llava/conversation.py) as Jinja, equal to the character. Of each,
-# the system text where a row has none, and how `system` and `turns` are written. BOS is one inside a
-# conversation, for models that have it: the tokenizer puts the first in front.
+# the system text where a row has none, and how `system` and `turns` are written. BOS is one inside
+# a conversation, for models that have it: the tokenizer puts the first in front.
 TEMPLATES = {
     "v1": (
         "A chat between a curious user and an artificial intelligence assistant. "
@@ -233,7 +233,8 @@ TEMPLATES = {
     ),
 }
 SYSTEM_AND_TURNS = (
-    "{% set own = messages[0].role == 'system' %}{% set turns = messages[1:] if own else messages %}"
+    "{% set own = messages[0].role == 'system' %}"
+    "{% set turns = messages[1:] if own else messages %}"
     "{% set system = messages[0].content if own else DEFAULT %}"
 )
 VERSIONS = ["plain", *TEMPLATES, "own"]  # --version; plain has no template, own is the folder's
@@ -241,14 +242,18 @@ VERSIONS = ["plain", *TEMPLATES, "own"]  # --version; plain has no template, own
 # Stands in front of any template, so that it takes contents as strings and as lists of parts, and a
 # question's only picture goes first, as in training. The second is for templates that want parts.
 AS_STRINGS = (
-    "{% set all = namespace(messages=[], text='') %}{% for message in messages %}"
+    "{% set all = namespace(messages=[], text='') %}"
+    "{% for message in messages %}"
     "{% set all.text = message.content if message.content is string else '' %}"
     "{% for part in ([] if message.content is string else message.content) %}"
     "{% set all.text = all.text + ('<image>\n' if part.type == 'image' else part.text) %}"
-    "{% endfor %}{% if message.role == 'user' and all.text.count('<image>') == 1 %}"
+    "{% endfor %}"
+    "{% if message.role == 'user' and all.text.count('<image>') == 1 %}"
     "{% set all.text = ('<image>\n' + all.text.replace('<image>', '').strip()).strip() %}"
-    "{% endif %}{% set all.messages = all.messages + [dict(message, content=all.text)] %}"
-    "{% endfor %}{% set messages = all.messages %}"
+    "{% endif %}"
+    "{% set all.messages = all.messages + [dict(message, content=all.text)] %}"
+    "{% endfor %}"
+    "{% set messages = all.messages %}"
 )
 AS_PARTS = AS_STRINGS.replace("content=all.text", "content=[{'type': 'text', 'text': all.text}]")
 
@@ -297,8 +302,6 @@ class ChatText:
     """
 
     def __init__(self, tokenizer, version: str = "own"):
-        if IMAGE not in tokenizer.get_added_vocab():
-            raise ValueError(f"the tokenizer has no token {IMAGE}: `build.py` adds it")
         if not tokenizer.is_fast:
             raise ValueError(f"{type(tokenizer).__name__} is slow: it has no offsets of tokens")
         self.tokenizer, self.version, self.chat_template = tokenizer, version, None
@@ -318,12 +321,12 @@ class ChatText:
             self.use_template(named_template(version, bool(self.bos)))
 
     def use_template(self, template: str | None):
-        """Finds on two questions how it begins and ends answers; ValueError where it cannot teach."""
+        """Finds how it begins and ends answers, on two; ValueError where it cannot teach."""
         if not template:
             raise ValueError("the model folder has no chat template: name one with --version v1")
         template = template.removeprefix(AS_STRINGS).removeprefix(AS_PARTS)
-        said = [("user", "Q1x"), ("assistant", "A1x"), ("user", "Q2x"), ("assistant", "A2x")]
-        probe = [{"role": role, "content": content} for role, content in said]
+        probe = [("user", "Q1x"), ("assistant", "A1x"), ("user", "Q2x"), ("assistant", "A2x")]
+        probe = [{"role": role, "content": content} for role, content in probe]
         asked = ""
         for prefix in (AS_STRINGS, AS_PARTS):
             self.chat_template = prefix + template
@@ -464,36 +467,34 @@ def parse_record(row: dict) -> tuple[list[dict], list[str]]:
         raise ValueError(f"expected a row such as {ROW}, or one with messages")
     if row.get("system"):
         turns = [{"role": "system", "content": row["system"]}, *turns]
-    said, pictures = [], []
+    numbered, pictures = [], []  # (number in the file, role, text) of each turn; names
     for found in (row.get("image"), row.get("images")):
         if found is not None:
             pictures += found if isinstance(found, list) else [found]
     for n, turn in enumerate(turns, 1):
         text, names = read_content(turn.get("value", turn.get("content")))
         role = turn.get("from", turn.get("role"))
-        said.append((n, ROLES.get(str(role), role), text))
+        numbered.append((n, ROLES.get(str(role), role), text))
         pictures += names
-    first = int(said[0][1] == "system")
-    if said[first:] and said[first][1] == "assistant":
-        del said[first]
-    if said and said[-1][1] == "user":  # a question without an answer teaches nothing
-        said.pop()
-    check_row(row, said, said[first:], pictures)
-    return [{"role": role, "content": text} for _, role, text in said], pictures
+    first = int(numbered[0][1] == "system")
+    if numbered[first:] and numbered[first][1] == "assistant":
+        del numbered[first]
+    if numbered and numbered[-1][1] == "user":  # a question without an answer teaches nothing
+        numbered.pop()
+    check_row(row, numbered, numbered[first:], pictures)
+    return [{"role": role, "content": text} for _, role, text in numbered], pictures
 
 
 def read_rows(path: Path) -> list:
     """The rows of a file: a JSON list, or one object a line; ValueError names the wrong line."""
-    rows, before = [], 0
-    try:  # what is not UTF-8 becomes half a character, for which check_row names its row
-        with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
-            is_list = file.read(64).lstrip().startswith("[")
-            file.seek(0)
-            if is_list:
-                return json.load(file)
-            for before, line in enumerate(map(str.strip, file)):
-                if line:
-                    rows.append(json.loads(line))
+    # What is not UTF-8 becomes half a character, for which check_row names the row.
+    content, rows, before = path.read_text("utf-8-sig", "surrogateescape"), [], 0
+    try:
+        if content[:64].lstrip().startswith("["):
+            return json.loads(content)
+        for before, line in enumerate(content.split("\n")):
+            if line.strip():
+                rows.append(json.loads(line))
         return rows
     except json.JSONDecodeError as error:
         where = f"{path}: line {before + error.lineno}: not JSON ({error.msg})"
@@ -513,7 +514,7 @@ class Records:
 
     def __init__(self, path: str | Path, tokens_per_picture: int = 576, control=None):
         self.path, self.bad_rows = Path(path), []
-        buffer, ends, lengths, pictures = bytearray(), [], [], []
+        buffer, ends, lengths, pictures = bytearray(), [0], [], []
         for i, row in enumerate(read_rows(self.path)):
             messages, names = [], []
             try:
@@ -527,16 +528,16 @@ class Records:
             pictures.append(len(names) > 0)
             buffer += json.dumps(row, ensure_ascii=False).encode("utf-8", "surrogatepass")
             ends.append(len(buffer))
-        if not ends:
+        if not lengths:
             raise ValueError(f"{self.path}: no rows")
         self.lengths, self.has_picture = np.array(lengths), np.array(pictures)
         self.ends, self.buffer = np.array(ends), np.frombuffer(buffer, np.uint8)
 
     def __len__(self) -> int:
-        return len(self.ends)
+        return len(self.lengths)
 
     def __getitem__(self, i: int) -> dict:
-        return json.loads(self.buffer[self.ends[i - 1] if i else 0 : self.ends[i]].tobytes())
+        return json.loads(self.buffer[self.ends[i] : self.ends[i + 1]].tobytes())
 
     def where(self, i: int) -> str:
         """The file, the number of a row, and its id if it has one."""
