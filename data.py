@@ -321,7 +321,10 @@ class ChatText:
             self.use_template(named_template(version, bool(self.bos)))
 
     def use_template(self, template: str | None):
-        """Finds how it begins and ends answers, on two; ValueError where it cannot teach."""
+        """Finds on two questions how it begins and ends an answer; ValueError if it cannot teach.
+
+        A message's content reaches it as it wants it, as a string or as parts.
+        """
         if not template:
             raise ValueError("the model folder has no chat template: name one with --version v1")
         template = template.removeprefix(AS_STRINGS).removeprefix(AS_PARTS)
@@ -330,7 +333,7 @@ class ChatText:
         asked = ""
         for prefix in (AS_STRINGS, AS_PARTS):
             self.chat_template = prefix + template
-            with contextlib.suppress(ValueError):  # one that wants parts may refuse a string
+            with contextlib.suppress(ValueError):  # one that wants parts may refuse strings
                 asked = self.render(probe[:1], prompt=True)
             if "Q1x" in asked:
                 break
@@ -582,13 +585,10 @@ class LlavaDataset(torch.utils.data.Dataset):
         """How many ids fit into `max_length`; ValueError if a picture does not, or no label."""
         widths = np.where(np.array(ids) == self.image_token_id, self.tokens_per_picture, 1).cumsum()
         keep = int((widths <= self.max_length).sum())
-        if self.image_token_id in ids[keep:]:
-            lost = "would cut off a picture: raise it"
-        elif all(label == IGNORE for label in labels[:keep]):
-            lost = "would leave nothing to learn from: raise it"
-        else:
-            return keep
-        raise ValueError(f"of {widths[-1]} tokens --model_max_length {self.max_length} {lost}")
+        if self.image_token_id in ids[keep:] or set(labels[:keep]) <= {IGNORE}:
+            lost = "would cut off a picture, or leave nothing to learn from: raise it"
+            raise ValueError(f"of {widths[-1]} tokens --model_max_length {self.max_length} {lost}")
+        return keep
 
     def load(self, i: int) -> tuple:
         messages, names = parse_record(self.records[i])
@@ -677,10 +677,10 @@ def plan_epoch(lengths, has_picture, global_batch: int, seed: int, epoch: int, b
     The step with the longest row is the first of epoch 0: what exceeds the memory shows at once.
     """
     rng = np.random.default_rng([seed, epoch])
-    with_picture, without = np.flatnonzero(has_picture), np.flatnonzero(~has_picture)
+    kinds = [has_picture, ~has_picture] if by_modality else [np.full(len(lengths), True)]
     steps = []
-    for group in [with_picture, without] if by_modality else [np.arange(len(lengths))]:
-        rows = rng.permutation(group)
+    for kind in kinds:
+        rows = rng.permutation(np.flatnonzero(kind))
         if by_modality and len(rows):  # by length, give or take 5 %: other mates in each epoch
             size = lengths[rows]
             rows = rows[np.argsort(-size + rng.uniform(-0.05, 0.05, len(rows)) * size.mean())]
