@@ -418,8 +418,8 @@ MISNAMED = ["image_path", "image_paths", "image_file", "image_url", "image_urls"
 
 
 def read_content(content) -> tuple[str | None, list[str]]:
-    """What a turn says, its parts joined as AS_STRINGS joins them (None if it is no text), and the
-    names of the pictures among them.
+    """What a turn says, its parts joined as AS_STRINGS joins them, and the pictures that they name;
+    (None, []) if it is no text.
     """
     if isinstance(content, str):
         return content, []
@@ -434,29 +434,23 @@ def read_content(content) -> tuple[str | None, list[str]]:
     return text, names
 
 
-def check_row(row: dict, turns: list[tuple], talk: list[tuple], pictures: list):
-    """Raises ValueError for what would be wrong in silence, and what people really get wrong.
-
-    `turns` are (number, role, text), text None where it is none; `talk` those but the system's.
-    """
-    due = ["user", "assistant"] * len(talk)
-    unexpected = [n for (n, role, _), other in zip(talk, due) if role != other]
-    wordless = [n for n, _, text in turns if text is None or re.search("[\ud800-\udfff]", text)]
+def check_row(row: dict, talk: list[dict], pictures: list):
+    """Raises ValueError for what would be wrong in silence, and what people really get wrong."""
+    roles, due = [turn["role"] for turn in talk], ["user", "assistant"] * (len(talk) // 2)
     ignored = [key for key in NOT_READ + MISNAMED * (not pictures) if row.get(key)]
-    nameless = [repr(name) for name in pictures if not (name and isinstance(name, str))]
-    wanted = sum(str(text).count(IMAGE) for _, role, text in turns if role == "user")
-    given = [len(pictures)] if len(pictures) != wanted else []
-    faults = [  # what is wrong, empty where all is well, and what to say of the first
-        (unexpected, "turn %s: human and gpt (user, assistant) must alternate, human first"),
-        (wordless, "turn %s: neither a string of whole characters nor parts of text and images"),
-        ([] if talk else ["gpt"], "there is no %s turn, so nothing to learn: add an answer"),
-        (ignored, '"%s" would be ignored: pictures stand in "image", and only they are read'),
-        (nameless, '"image" is %s, neither a file name nor a list of them: mend or remove it'),
-        (given, f"%s picture(s) but {wanted} {IMAGE} in human turns: write one {IMAGE} for each"),
+    nameless = [name for name in pictures if not (name and isinstance(name, str))]
+    wanted = sum(turn["content"].count(IMAGE) for turn in talk if turn["role"] == "user")
+    given = len(pictures)
+    faults = [
+        (not talk, "there is no gpt turn, so nothing to learn: add an answer"),
+        (roles != due, "human and gpt (or user and assistant) must alternate, human first"),
+        (ignored, f'{ignored} would be ignored: pictures stand in "image", and only they are read'),
+        (nameless, f'"image" holds {nameless}: no file names, so mend or remove them'),
+        (given != wanted, f"{given} picture(s) but {wanted} {IMAGE} in human turns: make it equal"),
     ]
     for wrong, what in faults:
         if wrong:
-            raise ValueError(what % wrong[0])
+            raise ValueError(what)
 
 
 def parse_record(row: dict) -> tuple[list[dict], list[str]]:
@@ -470,22 +464,25 @@ def parse_record(row: dict) -> tuple[list[dict], list[str]]:
         raise ValueError(f"expected a row such as {ROW}, or one with messages")
     if row.get("system"):
         turns = [{"role": "system", "content": row["system"]}, *turns]
-    numbered, pictures = [], []  # (number in the file, role, text) of each turn; names
+    messages, pictures = [], []
     for found in (row.get("image"), row.get("images")):
         if found is not None:
             pictures += found if isinstance(found, list) else [found]
     for n, turn in enumerate(turns, 1):
-        text, names = read_content(turn.get("value", turn.get("content")))
+        content, names = read_content(turn.get("value", turn.get("content")))
+        if content is None or re.search("[\ud800-\udfff]", content):  # half a character
+            raise ValueError(f"turn {n}: neither a string in UTF-8 nor parts of text and images")
         role = turn.get("from", turn.get("role"))
-        numbered.append((n, ROLES.get(str(role), role), text))
+        messages.append({"role": ROLES.get(str(role), role), "content": content})
         pictures += names
-    first = int(numbered[0][1] == "system")
-    if numbered[first:] and numbered[first][1] == "assistant":
-        del numbered[first]
-    if numbered and numbered[-1][1] == "user":  # a question without an answer teaches nothing
-        numbered.pop()
-    check_row(row, numbered, numbered[first:], pictures)
-    return [{"role": role, "content": text} for _, role, text in numbered], pictures
+    first = int(messages[0]["role"] == "system")
+    system, talk = messages[:first], messages[first:]
+    if talk and talk[0]["role"] == "assistant":
+        talk = talk[1:]
+    if talk and talk[-1]["role"] == "user":  # a question without an answer teaches nothing
+        talk = talk[:-1]
+    check_row(row, talk, pictures)
+    return system + talk, pictures
 
 
 def read_rows(path: Path) -> list:
