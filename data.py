@@ -446,7 +446,10 @@ def check_row(row: dict, talk: list[dict], pictures: list):
         (roles != due, "human and gpt (or user and assistant) must alternate, human first"),
         (ignored, f'{ignored} would be ignored: pictures stand in "image", and only they are read'),
         (nameless, f'"image" holds {nameless}: no file names, so mend or remove them'),
-        (given != wanted, f"{given} picture(s) but {wanted} {IMAGE} in human turns: make it equal"),
+        (
+            given != wanted,
+            f"{given} picture(s) but {wanted} {IMAGE} in questions: write one for each",
+        ),
     ]
     for wrong, what in faults:
         if wrong:

@@ -50,7 +50,7 @@ PART = {"type": "text", "text": "x"}
         ({"conversations": [SAID[1], *SAID[1:], *SAID]}, "must alternate, human first"),
         ({"conversations": [*SAID, {"from": "system", "value": "x"}]}, "must alternate"),
         ({"conversations": SAID, "system": 3}, "turn 1: neither"),
-        (row(["hi", "yes"], image="a.png"), "1 picture.* but 0 <image>.* make it equal"),
+        (row(["hi", "yes"], image="a.png"), "1 picture.* but 0 <image>.* write one for each"),
         (row(["hi", "yes"], images=["a.png"]), "1 picture.* but 0 <image>"),
         (row([f"{IMAGE} hi", "yes"]), "0 picture.* but 1 <image>"),
         (row([f"{IMAGE}{IMAGE} hi", "yes"], image="a.png"), "1 picture.* but 2 <image>"),
