@@ -446,10 +446,7 @@ def check_row(row: dict, talk: list[dict], pictures: list):
         (roles != due, "human and gpt (or user and assistant) must alternate, human first"),
         (ignored, f'{ignored} would be ignored: pictures stand in "image", and only they are read'),
         (nameless, f'"image" holds {nameless}: no file names, so mend or remove them'),
-        (
-            given != wanted,
-            f"{given} picture(s) but {wanted} {IMAGE} in questions: write one for each",
-        ),
+        (given != wanted, f"{given} picture(s) but {wanted} {IMAGE} in questions: write one each"),
     ]
     for wrong, what in faults:
         if wrong:
@@ -463,7 +460,7 @@ def parse_record(row: dict) -> tuple[list[dict], list[str]]:
     turn before the first question is dropped, as LLaVA does, and so is a last question.
     """
     turns = row.get("conversations") or row.get("messages") if isinstance(row, dict) else None
-    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+    if not (turns and isinstance(turns, list) and all(isinstance(turn, dict) for turn in turns)):
         raise ValueError(f"expected a row such as {ROW}, or one with messages")
     if row.get("system"):
         turns = [{"role": "system", "content": row["system"]}, *turns]
