@@ -89,6 +89,7 @@ def to_8_bits(image: Image.Image) -> Image.Image:
 
 
 def on_white(image: Image.Image) -> Image.Image:
+    """In RGB, what is transparent laid on white."""
     if not image.has_transparency_data:
         return image.convert("RGB")
     image = image.convert("RGBA")
@@ -725,10 +726,9 @@ def loader(dataset, batches: list, collate, workers: int, pin_memory: bool = Fal
         if 2 * workers * len(batches[0]) * largest > shutil.disk_usage("/dev/shm").free:
             workers = 0
             say_once("/dev/shm is too small, so rows have no workers (docker run --shm-size=8g)")
-    options = {"collate_fn": collate, "pin_memory": pin_memory}
+    options = {"collate_fn": collate, "pin_memory": pin_memory, "worker_init_fn": ignore_signals}
     if workers:
         options |= {"num_workers": workers, "multiprocessing_context": "fork"}
-        options["worker_init_fn"] = ignore_signals
     options["generator"] = torch.Generator()  # the default would draw from dropout's
     prepared = torch.utils.data.DataLoader(dataset, batch_sampler=batches, **options)
     try:
