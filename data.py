@@ -486,6 +486,11 @@ def parse_record(row: dict) -> tuple[list[dict], list[str]]:
     return system + talk, pictures
 
 
+def image_list(row: dict) -> list[str]:
+    """The names of a row's pictures, wherever they stand."""
+    return parse_record(row)[1]
+
+
 def read_rows(path: Path) -> list:
     """The rows of a file: a JSON list, or one object a line; ValueError names the wrong line."""
     # What is not UTF-8 becomes half a character, for which check_row names the row.

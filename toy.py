@@ -46,7 +46,7 @@ from transformers import (
 
 from build import build
 from cli import Parser, check_new, command, number, written
-from data import IMAGE, parse_record
+from data import IMAGE, image_list
 
 # --- a world of shapes ---
 
@@ -199,7 +199,7 @@ def shuffle_pictures(rows: list[dict]) -> list[dict]:
     """The same questions with other rows' pictures: a model that still answers has not looked."""
     shuffled = list(rows)
     for count in (1, 2):
-        alike = [i for i, row in enumerate(rows) if len(parse_record(row)[1]) == count]
+        alike = [i for i, row in enumerate(rows) if len(image_list(row)) == count]
         for i, other in zip(alike, np.roll(alike, -(len(alike) // 2))):
             shuffled[i] = rows[i] | {"image": rows[other]["image"]}
     return shuffled
@@ -391,7 +391,7 @@ def print_summary(out: Path):
     print_stages(out)
     print_answers(out, answers)
     rows = json.loads((out / "toy" / "train_validation.json").read_text())
-    row = next(row for row in rows if len(parse_record(row)[1]) == 1)
+    row = next(row for row in rows if len(image_list(row)) == 1)
     picture, model = out / "toy" / "images" / row["image"], out / "stage2" / "final"
     print(f"\na conversation about {picture}:")
     for answer in answers:

@@ -34,7 +34,7 @@ def one_row(toy, tiny):
 
 def test_check_shows_a_row_as_the_model_gets_it(toy, tiny, one_row, capsys):
     rows = json.loads((toy / "train.json").read_text())
-    i = next(i for i, r in enumerate(rows) if len(data.parse_record(r)[1]) == 2)
+    i = next(i for i, r in enumerate(rows) if len(data.image_list(r)) == 2)
     assert check.main([*one_row, "--index", str(i), "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
     dataset = open_dataset(toy / "train.json", toy / "images", tiny)
@@ -72,7 +72,7 @@ def test_thumbnails_are_the_picture_again(tiny):
 )
 def test_a_bad_call_of_check_is_one_line(toy, one_row, capsys, argv, error):
     rows = json.loads((toy / "train.json").read_text())
-    first = next(i for i, r in enumerate(rows) if data.parse_record(r)[1] and len(r["kinds"]) > 1)
+    first = next(i for i, r in enumerate(rows) if data.image_list(r) and len(r["kinds"]) > 1)
     try:
         status = check.main([*one_row, "--index", str(first), *argv])
     except SystemExit as stop:

@@ -139,7 +139,7 @@ def test_both_forms_of_a_row_have_equal_ids_and_labels(open_rows):
         first, *others = [dataset[i] for i in range(len(rows))]
         for other in others:
             assert all(first[k].equal(other[k]) for k in ("input_ids", "labels", "pixel_values"))
-    assert data.parse_record(alike[0][5])[1] == images["images"]
+    assert data.image_list(alike[0][5]) == images["images"]
 
 
 def test_records_come_back_as_they_were(tmp_path):
