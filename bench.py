@@ -242,6 +242,13 @@ def count_flops(model, weights: list[tuple], input_ids, pixel_values, labels) ->
 # --- the two sides ---
 
 
+def open_rows(job: dict, version: str = "own") -> data.LlavaDataset:
+    source, folder = Path(job["model"]), Path(job["work"])
+    config, tokenizer = llava.read_config(source), llava.open_tokenizer(source)
+    paths = folder / f"{job['mix']}.json", folder / "images", source
+    return data.open_dataset(*paths, config, tokenizer, version=version, max_length=4096)
+
+
 def run_ours(job: dict) -> dict:
     """Seconds and losses of each step: of train.py itself, as anyone would start it."""
     load_model, flops = train.load_model, []
@@ -314,7 +321,7 @@ def run_peer(job: dict) -> dict:
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
     args, model, times = train.parse(flags_of(job)), open_peer(job), []
-    _, rows, _ = train.open_rows(args, Path(job["model"]))
+    rows = open_rows(job, args.version)
     plan = data.plan_epoch(
         rows.records.lengths, rows.records.has_picture, job["micro_batch"], args.seed, 0, False
     )
@@ -383,9 +390,7 @@ def run_without_training(job: dict) -> dict:
     """Seconds of each batch, and the loss over its rows or the answers to its questions."""
     ours, device = job["side"] == "ours", "cuda" if torch.cuda.is_available() else "cpu"
     work, source, size = Path(job["work"]), Path(job["model"]), job["micro_batch"]
-    rows, tokenizer = work / f"{job['mix']}.json", llava.open_tokenizer(source)
-    config = llava.read_config(source)
-    dataset = data.open_dataset(rows, work / "images", source, config, tokenizer, max_length=4096)
+    dataset = open_rows(job)
     if ours:
         model = evaluate.open_model(source, dtype=DTYPES[job["dtype"]], device=device)
     else:
@@ -400,7 +405,9 @@ def run_without_training(job: dict) -> dict:
         if job["case"] == "generate":
             results += answers_of(model, batch, dataset.text, ours, device)
         elif ours:
-            loss, _ = model(*train.to_device(batch, device))
+            loss, _ = model(
+                *(batch[key].to(device) for key in ("input_ids", "pixel_values", "labels"))
+            )
             results.append((loss / (batch["labels"] >= 0).sum()).item())
         else:
             inputs = with_mask(lambda batch: batch)(batch)
@@ -599,7 +606,7 @@ def machine() -> str:
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    return f"{train.cores()} cores of {names[0] if names else 'a CPU'}"
+    return f"{cli.cores()} cores of {names[0] if names else 'a CPU'}"
 
 
 def main(argv=None) -> int:

@@ -40,11 +40,11 @@ def reply(model: Llava, text: ChatText, messages: list[dict], pixels: list, **op
     ids = torch.tensor(text.ids_and_labels(messages, prompt=True)[0], device=device)
     times = torch.where(ids == config.image_token_id, model.tokens_per_picture, 1)
     ids = ids.repeat_interleave(times)[None]  # (1, T)
-    known = getattr(config.text_config, "max_position_embeddings", math.inf)
-    if ids.shape[1] >= known:
-        raise ValueError(f"{ids.shape[1]} tokens, but the language model learnt {known} at most")
-    pictures = torch.stack(pixels).to(device) if pixels else torch.zeros(0, device=device)
-    new = model.generate(ids, pictures, torch.ones_like(ids), text.stop_ids, **options)
+    limit = getattr(config.text_config, "max_position_embeddings", math.inf)
+    if ids.shape[1] >= limit:
+        raise ValueError(f"{ids.shape[1]} tokens, and the language model learnt {limit} positions")
+    pictures = torch.stack(pixels) if pixels else torch.zeros(0, 3, 1, 1)
+    new = model.generate(ids, pictures.to(device), torch.ones_like(ids), text.stop_ids, **options)
     return text.tokenizer.decode(new[0], skip_special_tokens=True).strip()
 
 

@@ -2,21 +2,21 @@
 
     model = fast.enable(model)    # a Llava, or AutoModelForCausalLM.from_pretrained("...")
 
-                     what is gained                             how it was measured
-    cross entropy    2.2 bytes a logit for 12, in half the      2,000 x 151,936 logits in bf16, peak
-                     time                                       of forward and backward
-    LoRA             0.7 bytes kept for each number of the      what autograd saves, dropout 5 %, r an
-                     input for 4.2, a step a tenth shorter      eighth of the width; bench.py
-    RMSNorm          2 bytes kept for each number for 6, a      what autograd saves; bench.py
-                     step a tenth shorter
-    SwiGLU           6 bytes kept for each number of the        what autograd saves
-                     MLP's width for 8
-    attention        53 ms a layer for 67                       4 x 784 tokens, 9 heads of 64
-    freed memory     a step of `full` a quarter shorter, one    bench.py
-                     of LoRA 6 %
+                     without > with it                   how it was measured
+    cross entropy    12 > 2.2 bytes a logit, in two thirds    2,000 x 151,936 logits in bf16, peak
+                     of the time                              of forward and backward
+    LoRA             4.2 > 0.7 bytes kept a number of the     what autograd saves, dropout 5 %, r an
+                     input; a step is a tenth shorter         eighth of the width; bench.py
+    RMSNorm          6 > 2 bytes kept a number; a step is     what autograd saves; bench.py
+                     a tenth shorter
+    SwiGLU           8 > 6 bytes kept a number of the         what autograd saves
+                     MLP's width
+    attention        67 > 53 ms a layer                       4 x 784 tokens, 9 heads of 64
+    freed memory     a step is a quarter shorter with         bench.py
+                     --train_type full, 6 % with LoRA
 
 (bench.py: --shape 135m --dtype bf16 on 2 CPU cores, with and without the entry.) A step of a small
-plain Llama of transformers, 4 x 512 tokens and 32,000 words in bf16, peaks at 158 MiB for 768.
+plain Llama of transformers, 4 x 512 tokens and 32,000 words in bf16: its peak is 768 > 158 MiB.
 
 Everything works without this file, slower and larger. Layers are recognised by the names of their
 classes; those of other families stay as they are. Where numbers are not equal to the last bit, they
@@ -154,11 +154,12 @@ class AddProduct(torch.autograd.Function):
 def draw_zeros(x, p):
     """Indices into a flat x, each of its n numbers among them with probability p.
 
-    -n ln(1 - p) are drawn, with replacement: all of them miss a number with probability
-    (1 - 1 / n)^(-n ln(1 - p)) = 1 - p. For p = 5 % it takes 5 % of the random numbers of a mask,
-    and 0.4 bytes for each number of x.
+    They are drawn with replacement, and their number is Poisson's, of mean -n ln(1 - p): so each
+    number of x is missed with probability 1 - p, independently of the others. For p = 5 % it takes
+    5 % of the random numbers of a mask, and 0.4 bytes for each number of x.
     """
-    draws = round(-math.log1p(-p) * x.numel())
+    mean = torch.tensor(-math.log1p(-p) * x.numel(), dtype=torch.float64)
+    draws = int(torch.poisson(mean))
     return torch.randint(max(x.numel(), 1), (draws,), device=x.device)
 
 
@@ -172,10 +173,8 @@ def add_product(self, x, y):
     p, kind = self.dropout.p if self.training else 0.0, x.device.type
     autocast = torch.is_autocast_enabled(kind)
     dtype = torch.get_autocast_dtype(kind) if autocast else self.lora_A.dtype
-    rows = (
-        tensor.reshape(-1, tensor.shape[-1]) for tensor in (y, x)
-    )  # (tokens, out), (tokens, in)
-    tensors = (tensor.to(dtype) for tensor in (*rows, self.lora_A, self.lora_B))
+    rows = y.reshape(-1, y.shape[-1]), x.reshape(-1, x.shape[-1])  # (tokens, out), (tokens, in)
+    tensors = [tensor.to(dtype) for tensor in (*rows, self.lora_A, self.lora_B)]
     return AddProduct.apply(*tensors, self.scale / (1 - p), p).view(y.shape).to(y.dtype)
 
 
@@ -333,7 +332,7 @@ ATTENTION = {"clip_vision_model", "siglip_vision_model", *(name.lower() for name
 def faster_forward(module):
     """The function that takes the place of a layer's forward; None where it stays as it is."""
     name = type(module).__name__
-    if name == "LoRA":
+    if name == "LoRA" and hasattr(module, "scale"):  # lora.py's
         return add_product
     if name in NORMS:
         return rms_norm
@@ -361,7 +360,8 @@ def use_faster_loss(module):
 def enable(model):
     """The model, with all of the above wherever it applies.
 
-    Call it when LoRA's layers are there. To call it again changes nothing but what is new.
+    Call it when LoRA's layers are there. To call it again changes nothing but what is new. Freed
+    memory is then kept by the whole process.
     """
     keep_freed_memory()
     AttentionInterface.register("fast", attend)

@@ -93,9 +93,10 @@ def inject(model, target_modules, r, alpha, dropout=0.0, use_rslora=False, dtype
     keeps fp32 master weights, as train.py and DeepSpeed do; in a plain loop, say torch.float32.
     """
     linears = find_linears(model, target_modules)
+    adapted = any(isinstance(module, LoRA) for module in model.modules())
+    assert not adapted, "the model has adapters already: inject once, with one expression for all"
     model.requires_grad_(False)
     for name, linear in linears.items():
-        assert not hasattr(linear, "lora"), f"{name} has an adapter already"
         linear.lora = LoRA(linear, r, alpha, dropout, use_rslora, dtype)
         linear.register_forward_hook(add_lora, with_kwargs=True)
     return list(linears)
@@ -191,9 +192,9 @@ def fold(names):
 
 def read_json(file):
     try:
-        return json.loads(file.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file} is not JSON: {error}") from None
+        return dict(json.loads(file.read_text()))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{file} is not a JSON object: {error}") from None
 
 
 def weight_files(folder):
@@ -416,6 +417,8 @@ def read_adapter(folder, base=None, rename=str, model=None):
     tensors = read_tensors(folder / WEIGHTS)
     tensors = {rename(key.removeprefix(PREFIX)): tensor for key, tensor in tensors.items()}
     check_keys(tensors, shapes, config, folder)
+    if not any(key.endswith(A_KEY) for key in tensors):
+        raise ValueError(f"{folder / WEIGHTS}: no adapter of any layer in it")
     known = config.get("base_fingerprint")
     if base and known and known != fingerprint(on_disk, rename):
         raise ValueError(
@@ -425,10 +428,11 @@ def read_adapter(folder, base=None, rename=str, model=None):
     return config, tensors
 
 
-def load(model, adapter, base=None, rename=str):
+def load(model, adapter, base=None, rename=str, dtype=None):
     """Names of the parameters that an adapter, ours or PEFT's, has filled.
 
     Leaves the model as `save` found it: adapters and modules_to_save train, the rest is frozen.
+    dtype is that of A and B, as in `inject`: files have fp32.
     base is the folder that the model is from, if any; an adapter trained on another is refused.
     What the adapter has for parts of that folder that the model leaves out, since they are never
     run, goes to `model.unused_adapter`, from where `save` takes it.
@@ -436,7 +440,7 @@ def load(model, adapter, base=None, rename=str):
     config, tensors = read_adapter(adapter, base, rename, model)
     layers = [name for name, _ in model.named_modules() if rename(name) + A_KEY in tensors]
     options = [config[entry] for entry in DEFAULTS]
-    adapted = inject(model, "|".join(map(re.escape, layers)), *options)
+    adapted = inject(model, "|".join(map(re.escape, layers)), *options, dtype)
     assert adapted == layers, f"no adapter can act on {set(layers) - set(adapted)}: never called"
     keys = adapter_keys(model, rename, config["modules_to_save"])
     for name, key in keys.items():

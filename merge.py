@@ -29,9 +29,9 @@ def merge_weight(weight, A, B, scale, quantized):
     weight (out, in), A (r, in), B (out, r); A and B are None for a layer without an adapter.
     """
     delta = 0.0 if A is None else scale * (B.float() @ A.float())  # (out, in)
-    trained = weight.float() + delta
-    choices = [trained.to(weight.dtype)]
-    if quantized:
+    trained = merged = weight.float() + delta
+    choices = [merged.to(weight.dtype)]
+    if quantized:  # it was trained on nf4's values: both distances are to these
         device = "cuda" if torch.cuda.is_available() else "cpu"  # a CPU: 100 s per 10^9 weights
         nf4 = lora.nf4_linear(weight, device=device)
         trained = lora.dequantized(nf4).cpu().float() + delta

@@ -141,7 +141,7 @@ class Llava(nn.Module):
         In place of pixel_values it takes their `features` (N, P, D): one look at a picture will do
         for several questions about it.
         """
-        features = self.features(pixel_values) if pixel_values.dim() == 4 else pixel_values
+        features = pixel_values if pixel_values.dim() == 3 else self.features(pixel_values)
         embeds = self.language_model.get_input_embeddings()(input_ids)  # (B, T, D)
         return merge(embeds, features, input_ids == self.config.image_token_id)
 
@@ -328,7 +328,8 @@ def load_weights(model: Llava, tensors: dict, where: str, dtype=None, device="cp
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if model.config.tie_word_embeddings:
         del expected[HEAD]
-    wrong = sorted({name for name, _ in found.items() ^ expected.items()})
+    names = sorted(found.keys() | expected.keys())
+    wrong = [name for name in names if found.get(name) != expected.get(name)]
     if wrong:
         raise ValueError(
             f"{where}: {len(wrong)} tensors differ from what config.json means; {wrong[0]} is "
@@ -339,7 +340,7 @@ def load_weights(model: Llava, tensors: dict, where: str, dtype=None, device="cp
         tensors.pop(f"{layer}.bias", None)
     for name, tensor in tensors.items():
         path, _, leaf = name.rpartition(".")
-        # Copies in 4 bits: one tensor still mapped would keep the whole file mapped.
+        # With `quantize` all are copied: one that stayed mapped would keep the whole file mapped.
         tensor = tensor.to(device, dtype or tensor.dtype, copy=quantize is not None)
         setattr(model.get_submodule(path), leaf, nn.Parameter(tensor))
     if model.config.tie_word_embeddings:
@@ -477,11 +478,14 @@ def save_pretrained(
     source, out = resolve(source), Path(out)
     out.mkdir(parents=True, exist_ok=True)
     assert not out.samefile(source), f"{out} is mapped: it cannot be written to"
-    trained = model.state_dict() | (state or {})
-    tensors = {
-        name: trained.get(name, old).detach().to("cpu", old.dtype)
-        for name, old in tidy(open_weights(source), model.config).items()
-    }
+    trained, files = model.state_dict() | (state or {}), tidy(open_weights(source), model.config)
+    lost = trained.keys() - files.keys() - ({HEAD} if model.config.tie_word_embeddings else set())
+    assert not lost, f"{min(lost)} has no place in {source}: adapters are saved by lora.save"
+    tensors = {}
+    for name, old in files.items():
+        tensors[name] = trained.get(name, old).detach().to("cpu", old.dtype)
+        is_whole = tensors[name].shape == old.shape
+        assert is_whole, f"{name} is {tuple(tensors[name].shape)}: in 4 bits, or sharded"
     write_model(tensors, model.config, out)
     copy_side_files(source, out)
     if chat_template:

@@ -94,6 +94,32 @@ def show_memory(held: dict, offload: str = "none"):
         )
 
 
+def before_step_1(run, args, stage: int, count):
+    """Prints what trains, the arithmetic of batches, and that of memory; `stage` is ZeRO's, or 0."""
+    micro, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
+    world = run.engine.world
+    show_modules(run.model, count)
+    show_batches(micro, accumulation, world, len(run.rows), run.per_epoch, run.total)
+    masters = args.bf16 or stage > 0  # DeepSpeed has fp32 masters of fp32 weights too
+    show_memory(memory(run.model, count, world, stage, masters), args.offload)
+
+
+def less_memory(args) -> str:
+    """The next flag to try where a run does not fit: those that cost nothing, or least, first."""
+    rows, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
+    if rows > 1:
+        fewer = rows // 2 if rows % 2 == 0 else 1
+        return (
+            f"--per_device_train_batch_size {fewer} --gradient_accumulation_steps "
+            f"{accumulation * rows // fewer}: the same steps in smaller pieces"
+        )
+    if not args.gradient_checkpointing:
+        return "--gradient_checkpointing: less memory, a third more time"
+    if args.train_type == "use_lora" and args.bits == 16:
+        return "--bits 4: the frozen layers in a quarter of the memory"
+    return "`deepspeed train.py --deepspeed ds_zero3.json`, --offload optimizer, or a smaller model"
+
+
 def peak(device: str) -> dict:
     """The most memory held so far, {name: GiB}: on a GPU what tensors took, and what torch took
     from the device for them; else by this process.

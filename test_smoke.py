@@ -82,7 +82,7 @@ def test_two_steps_of_a_train_type_leave_a_folder_for_transformers(work, train_t
 
 @pytest.mark.parametrize("bits", [16, 4])
 def test_an_adapter_is_merged_and_then_answers_as_before(work, bits, capsys):
-    flags = ["--bits", str(bits), "--lora_r", "4", "--lora_alpha", "8", "--learning_rate", "0.01"]
+    flags = ["--bits", str(bits), "--lora_r", "4", "--lora_alpha", "8", "--learning_rate", "0.005"]
     assert train_two_steps(work, "use_lora", *flags, out=f"lora{bits}") == 0
     base, adapter = f"{work}/model", f"{work}/lora{bits}/final"
     flags = ["--model_name_or_path", base, "--adapter", adapter]

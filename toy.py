@@ -2,11 +2,11 @@
 
 data   pictures of shapes, words about them, and questions, in LLaVA's rows:
 
-           +---------------+     one picture   What colour are the shapes?                   blue
-           | o o           |                   How many shapes are there?                    three
-           | o             |     two pictures  In which picture are the shapes blue?         first
-           |               |     a pair        Where is the ring, seen from the bar?         left
-           +---------------+     no picture    three small blue circles in the top left, ..  blue
+           +---------------+    one picture   What colour are the shapes?          blue
+           | o o           |                  How many shapes are there?           three
+           | o             |    a pair        Where is the ring, seen from the bar?  left
+           |               |    no picture    three small blue circles in the top left
+           +---------------+                  What colour are the shapes?          blue
 
        Every answer to a question of one kind is as likely as the others, and says nothing about
        other kinds: what a model gets right beyond a guess, it has seen.
@@ -46,7 +46,7 @@ from transformers import (
 
 from build import build
 from cli import Parser, check_new, command, number, written
-from data import IMAGE, image_list
+from data import IMAGE
 
 # --- a world of shapes ---
 
@@ -73,11 +73,6 @@ QUESTIONS = {
     "size": ["What size are the shapes?", "How big are the shapes?"],
     "position": ["Where are the shapes?", "In which corner are the shapes?"],
     "number": ["How many shapes are there?", "Count the shapes."],
-}
-COMPARISONS = {
-    "colour": "In which picture are the shapes {}?",
-    "shape": "Which picture has a {}?",
-    "position": "In which picture are the shapes in the {}?",
 }
 
 
@@ -125,23 +120,12 @@ class ToyWorld:
         image.save(self.folder / "images" / name, compress_level=1)
         return name
 
-    # What there is to ask about: (descriptions, shapes of each picture, [(kind, question, answer)]).
+    # What there is to ask about: (description, shapes of the picture, [(kind, question, answer)]).
 
     def one(self) -> tuple:
         scene, kinds = self.scene(), self.rng.sample(list(QUESTIONS), len(QUESTIONS))
         asked = [(kind, self.rng.choice(QUESTIONS[kind]), scene[kind]) for kind in kinds]
-        return [words_of(scene)], [shapes_of(scene)], asked
-
-    def two(self) -> tuple:
-        scenes, asked = (self.scene(), self.scene()), []
-        for kind in self.rng.sample(list(COMPARISONS), len(COMPARISONS)):
-            which = self.rng.randrange(2)
-            if scenes[0][kind] != scenes[1][kind]:
-                question = COMPARISONS[kind].format(scenes[which][kind])
-                asked.append(("comparison", question, ("first", "second")[which]))
-        if not asked:  # the two are alike
-            return self.two()
-        return [words_of(scene) for scene in scenes], [shapes_of(scene) for scene in scenes], asked
+        return words_of(scene), shapes_of(scene), asked
 
     def relation(self) -> tuple:
         (a, b), (red, blue) = (self.rng.sample(list(x), 2) for x in (SHAPES, COLOURS))
@@ -151,45 +135,43 @@ class ToyWorld:
             cells.reverse()
         words = f"a {red} {a} and a {blue} {b}, the {a} {where}"
         shapes = [(a, red, "large", *cells[0]), (b, blue, "large", *cells[1])]
-        return [words], [shapes], [("relation", f"Where is the {a}, seen from the {b}?", where)]
+        return words, shapes, [("relation", f"Where is the {a}, seen from the {b}?", where)]
 
-    # Rows: pictures, or words in their place, then questions and answers.
+    # Rows: a picture, or words in its place, then questions and answers.
 
-    def row(self, asked: list[tuple], pictures: list, words: str = "") -> dict:
-        images, turns = [self.draw(shapes) for shapes in pictures], []
+    def row(self, asked: list[tuple], shapes: list[tuple] | None, words: str = "") -> dict:
+        image, turns = {"image": self.draw(shapes)} if shapes else {}, []
         for _, question, answer in asked:
             turns += [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
-        turns[0]["value"] = f"{IMAGE}\n" * len(images) + words + turns[0]["value"]
-        row = {"id": f"{self.rng.getrandbits(40):010x}"}
-        if images:
-            row["image"] = images[0] if len(images) == 1 else images
-        return row | {"conversations": turns, "kinds": [kind for kind, *_ in asked]}
+        turns[0]["value"] = (f"{IMAGE}\n" if shapes else words) + turns[0]["value"]
+        row = {"id": f"{self.rng.getrandbits(40):010x}", **image, "conversations": turns}
+        return row | {"kinds": [kind for kind, *_ in asked]}
 
     def reading(self) -> dict:
-        """Scenes in words, or the loose words of one: for a model that cannot read yet."""
-        make = self.rng.choices([self.one, self.two, self.relation], [7, 2, 1])[0]
+        """A scene in words, or its loose words: for a model that cannot read yet."""
+        make = self.rng.choices([self.one, self.relation], [9, 1])[0]
         words, _, asked = make()
         if make == self.one and self.rng.random() < 0.7:
             facts = [answer for *_, answer in self.rng.sample(asked, len(asked))]
-            asked = [("caption", "Describe the picture.", words[0])] * self.rng.randrange(2) + asked
-            words = [" ".join(f" {fact}" for fact in facts)]
+            asked = [("caption", "Describe the picture.", words)] * self.rng.randrange(2) + asked
+            words = " ".join(f" {fact}" for fact in facts)
         asked = [("reading", *turn) for _, *turn in asked]  # no picture is needed for these
-        return self.row(asked, [], "".join(f"{line}\n" for line in words))
+        return self.row(asked, None, f"{words}\n")
 
     def caption(self) -> dict:
-        words, pictures, _ = self.one()
-        return self.row([("caption", "Describe the picture.", words[0])], pictures)
+        words, shapes, _ = self.one()
+        return self.row([("caption", "Describe the picture.", words)], shapes)
 
     def instruction(self) -> dict:
-        """As in visual instruction tuning: mostly one picture and several questions about it."""
+        """As in visual instruction tuning: mostly a picture and several questions about it."""
         if not self.deck:  # so the shares hold in every 100 rows
-            kinds = [self.one, self.two, self.relation, None]
-            self.deck = self.rng.sample(kinds, counts=[79, 12, 4, 5], k=100)
+            kinds = [self.one, self.relation, None]
+            self.deck = self.rng.sample(kinds, counts=[90, 5, 5], k=100)
         make = self.deck.pop()
         if make is None:
             return self.reading()
-        _, pictures, asked = make()
-        return self.row(asked, pictures)
+        _, shapes, asked = make()
+        return self.row(asked, shapes)
 
 
 # --- python toy.py data ---
@@ -197,11 +179,9 @@ class ToyWorld:
 
 def shuffle_pictures(rows: list[dict]) -> list[dict]:
     """The same questions with other rows' pictures: a model that still answers has not looked."""
-    shuffled = list(rows)
-    for count in (1, 2):
-        alike = [i for i, row in enumerate(rows) if len(image_list(row)) == count]
-        for i, other in zip(alike, np.roll(alike, -(len(alike) // 2))):
-            shuffled[i] = rows[i] | {"image": rows[other]["image"]}
+    shuffled, shown = list(rows), [i for i, row in enumerate(rows) if "image" in row]
+    for i, other in zip(shown, np.roll(shown, -(len(shown) // 2))):
+        shuffled[i] = rows[i] | {"image": rows[other]["image"]}
     return shuffled
 
 
@@ -391,7 +371,7 @@ def print_summary(out: Path):
     print_stages(out)
     print_answers(out, answers)
     rows = json.loads((out / "toy" / "train_validation.json").read_text())
-    row = next(row for row in rows if len(image_list(row)) == 1)
+    row = next(row for row in rows if "image" in row)
     picture, model = out / "toy" / "images" / row["image"], out / "stage2" / "final"
     print(f"\na conversation about {picture}:")
     for answer in answers:

@@ -231,25 +231,10 @@ def trained_whole(model, train_type: str) -> tuple:
     return tuple(part for part in parts if not any(name.startswith(part) for name in adapted))
 
 
-def enable_checkpointing(language_model):
-    """Its layers keep their inputs alone, and compute the rest again in the backward pass."""
-    options = {"use_reentrant": False}
-    if hasattr(language_model, "activation_checkpointing_enable"):  # its newer name
-        language_model.activation_checkpointing_enable(options)
-    else:
-        language_model.gradient_checkpointing_enable(options)
-
-
 def add_adapters(model, args, dtype):
-    names = lora.inject(
-        model,
-        lora.paths_of(args.lora_target_modules, llava.DECODER),
-        args.lora_r,
-        args.lora_alpha,
-        args.lora_dropout,
-        args.use_rslora,
-        dtype,
-    )
+    targets = lora.paths_of(args.lora_target_modules, llava.DECODER)
+    options = args.lora_r, args.lora_alpha, args.lora_dropout, args.use_rslora
+    names = lora.inject(model, targets, *options, dtype)
     outside = [name for name in names if not re.fullmatch(llava.DECODER, name)]
     if outside:
         raise ValueError(
@@ -267,16 +252,11 @@ def load_model(args, source: Path, device: str, stage: int = 0):
     """
     dtype = torch.bfloat16 if args.bf16 else torch.float32
     storage = dtype if stage == 3 else torch.uint8  # ZeRO-3 cannot partition bytes
-    mapped = stage == 3 and args.bits == 16
-    as_on_disk = mapped and not args.adapter
-    model = evaluate.open_model(
-        source,
-        args.adapter,
-        args.bits,
-        None if as_on_disk else dtype,
-        "cpu" if mapped else device,
-        storage,
-    )
+    if stage == 3 and args.bits == 16:
+        as_kept = None if not args.adapter else dtype, "cpu"
+    else:
+        as_kept = dtype, device
+    model = evaluate.open_model(source, args.adapter, args.bits, *as_kept, storage)
     if args.train_type == "use_lora" and not args.adapter:
         add_adapters(model, args, dtype)
     trained = trained_whole(model, args.train_type)
@@ -289,7 +269,9 @@ def load_model(args, source: Path, device: str, stage: int = 0):
             )
         p.requires_grad_(trains)
     if args.gradient_checkpointing:
-        enable_checkpointing(model.language_model)
+        decoder = model.language_model  # of its layers the inputs alone are kept
+        older_name = decoder.gradient_checkpointing_enable
+        getattr(decoder, "activation_checkpointing_enable", older_name)({"use_reentrant": False})
     return fast.enable(model)  # without this line all numbers are the same, only slower
 
 
@@ -345,10 +327,6 @@ def schedule(step: int, total_steps: int, warmup_steps: int, kind: str) -> float
 def set_learning_rates(optimizer, factor: float):
     for group in optimizer.param_groups:
         group["lr"] = group["base_lr"] * factor
-
-
-def highest_rate(optimizer) -> float:
-    return max(group["lr"] for group in optimizer.param_groups)
 
 
 def make_moments(adamw, weights):
@@ -604,17 +582,21 @@ def open_rows(args, path: str | None, source: Path, text):
     """The rows of a file; the bad ones that are known by now are said before step 1."""
     if path is None:
         return None
+    config = llava.read_config(source)
     rows = data.open_dataset(
         path,
         args.image_folder,
         source,
-        llava.read_config(source),
+        config,
         text.tokenizer,
         aspect_ratio=args.image_aspect_ratio,
         max_length=args.model_max_length,
         on_bad_record="skip",
         text=text,
     )
+    limit = getattr(config.text_config, "max_position_embeddings", math.inf)
+    if min(rows.records.lengths.max(), args.model_max_length) > limit:  # the lengths are estimates
+        print(f"{path}: rows longer than the {limit:,} positions that the language model learnt")
     bad = rows.records.bad_rows
     fault = rows[bad[0] if bad else 0]["fault"]
     if fault and args.on_bad_record == "stop":
@@ -662,20 +644,9 @@ class Run:
         self.per_epoch = len(self.plan(0))  # steps
         self.total = math.ceil(self.per_epoch * args.num_train_epochs)
         self.total = args.max_steps if args.max_steps > 0 else self.total
-        self.show(stage)
+        report.before_step_1(self, args, stage, lora.count)
         self.last_step = min(5, self.total) if args.dry_run else self.total  # the heaviest is first
         self.begin(run_id, same)
-
-    def show(self, stage: int):
-        """Prints what trains, the arithmetic of batches, and that of memory."""
-        args, world = self.args, self.engine.world
-        micro, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
-        masters = args.bf16 or stage > 0  # DeepSpeed has fp32 masters of fp32 weights too
-        report.show_modules(self.model, lora.count)
-        steps = self.per_epoch, self.total
-        report.show_batches(micro, accumulation, world, len(self.rows), *steps)
-        held = report.memory(self.model, lora.count, world, stage, masters)
-        report.show_memory(held, args.offload)
 
     def plan(self, epoch: int):
         """The rows of each step of an epoch: (steps, rows)."""
@@ -789,18 +760,21 @@ def training_mode(model):
     model.vision_tower.eval()
 
 
-def train(args, source: Path, config: dict | None, signals: list) -> int:
-    """Trains, or resumes, with DeepSpeed's `config` or alone; 0 when it is done, 3 when it
-    was asked to stop: by `signals`, which fills as they come, or by a file `stop` in `output_dir`.
-    """
-    torch.manual_seed(args.seed)  # of new adapters
+def open_run(args, source: Path, config: dict | None) -> Run | None:
+    """The run of these flags, or None where it is complete."""
     out, same = Path(args.output_dir), what_must_stay(args, source)
     run_id = checkpoint.open_run(out, same, args.resume_from_checkpoint)
     if (out / "final").is_dir():
         print(f"{out}: this run is complete")
-        return 0
-    run = Run(args, source, config, run_id, same)
-    engine, progress, stopping, durations = run.engine, run.progress, False, []
+        return None
+    return Run(args, source, config, run_id, same)
+
+
+def train(run: Run, args, signals: list) -> int:
+    """Trains; 0 when it is done, 3 when it was asked to stop: by `signals`, which fills as they
+    come, or by a file `stop` in `output_dir`.
+    """
+    out, engine, progress, stopping, durations = run.out, run.engine, run.progress, False, []
     patience = args.early_stopping_patience or math.inf
     if run.validation and not run.resumed and not args.dry_run:
         run.validate()
@@ -838,11 +812,8 @@ def train(args, source: Path, config: dict | None, signals: list) -> int:
         for name, number in (("supervised", supervised), ("cut", cut), ("skipped", skipped)):
             progress[name] += int(number)
         metrics = {"step": step, "epoch": step / run.per_epoch, "loss": loss}
-        metrics |= {
-            "token_accuracy": right,
-            "lr": highest_rate(engine.optimizer),
-            "grad_norm": norm,
-        }
+        metrics |= {"token_accuracy": right, "grad_norm": norm}
+        metrics["lr"] = max(group["lr"] for group in engine.optimizer.param_groups)
         durations.append(seconds := time.perf_counter() - began)
         metrics |= report.speed(supervised, *numbers, seconds, waited, run.device)
         due = step % args.logging_steps == 0 or step == run.total
@@ -869,7 +840,6 @@ def train(args, source: Path, config: dict | None, signals: list) -> int:
         )
         return 3
     run.keep("final")
-    run.log.close()
     report.last_words(vars(args), progress["step"], run.total, progress["evaluations"])
     return 0
 
@@ -878,22 +848,6 @@ def train(args, source: Path, config: dict | None, signals: list) -> int:
 
 TIMEOUT = datetime.timedelta(hours=1)  # rank 0 may write for long, while the others wait
 PATIENCE_SECONDS = 4
-
-
-def less_memory(args) -> str:
-    """The next flag to try where a run does not fit: those that cost nothing, or least, first."""
-    rows, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
-    if rows > 1:
-        fewer = rows // 2 if rows % 2 == 0 else 1
-        return (
-            f"--per_device_train_batch_size {fewer} --gradient_accumulation_steps "
-            f"{accumulation * rows // fewer}: the same steps in smaller pieces"
-        )
-    if not args.gradient_checkpointing:
-        return "--gradient_checkpointing: less memory, a third more time"
-    if args.train_type == "use_lora" and args.bits == 16:
-        return "--bits 4: the frozen layers in a quarter of the memory"
-    return "`deepspeed train.py --deepspeed ds_zero3.json`, --offload optimizer, or a smaller model"
 
 
 def start_processes(args):
@@ -917,7 +871,7 @@ def start_processes(args):
         sys.stdout = open(os.devnull, "w")  # the first one speaks for all
 
 
-def as_rank(error: Exception) -> str:
+def as_rank(error) -> str:
     """What a rank that fails says. What is wrong for all is rank 0's to say: it ends the others
     before they speak, see `end_rank`.
     """
@@ -926,6 +880,18 @@ def as_rank(error: Exception) -> str:
         return str(error)
     time.sleep(PATIENCE_SECONDS + int(os.environ["LOCAL_RANK"]) / 4)
     return f"rank {rank}: {error}"
+
+
+def in_words(error: Exception, args) -> str:
+    """What a user is told of an error; one that is not theirs to mend is raised again."""
+    text = str(error)
+    if isinstance(error, (EOFError, ConnectionError)) or "DataLoader worker" in text:
+        return "a process that prepares rows has died (killed?): try --dataloader_num_workers 0"
+    if "out of memory" in text or "can't allocate memory" in text:
+        return f"out of memory: try {report.less_memory(args)}"
+    if not isinstance(error, (ValueError, OSError, SafetensorError)):
+        raise error  # a bug, or a library's
+    return text
 
 
 @cli.command
@@ -938,16 +904,17 @@ def main(argv=None):
         start_processes(args)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             handlers[number] = signal.signal(number, lambda number, _: signals.append(number))
-        status = train(args, source, config, signals)
+        torch.manual_seed(args.seed)  # of new adapters
+        run, status = open_run(args, source, config), 0
+        if run:
+            with contextlib.closing(run.log):
+                status = train(run, args, signals)
         if dist.is_initialized():  # a rank that fails must not: NCCL would wait for the others
             dist.destroy_process_group()
         return status
-    except (ValueError, OSError, SafetensorError) as error:
-        raise ValueError(as_rank(error)) from None
-    except RuntimeError as error:
-        if not re.search("out of memory|can't allocate memory", str(error)):
-            raise
-        raise ValueError(as_rank(f"out of memory: try {less_memory(args)}")) from None
+    except Exception as error:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's raises for each worker that dies
+        raise ValueError(as_rank(in_words(error, args))) from None
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
@@ -986,9 +953,9 @@ def be_a_rank():
     """main() as one of several processes."""
     try:
         status = main()
-    except Exception as error:  # a bug, or a library's
+    except Exception as error:
         traceback.print_exc()
-        print(f"train.py: {as_rank(error)}", file=sys.stderr)
+        print(f"train.py: {as_rank(f'{type(error).__name__}: {error}')}", file=sys.stderr)
         status = 2
     end_rank(status)
 

@@ -44,6 +44,24 @@ def picture(tmp_path):
 # --- one answer ---
 
 
+def test_a_question_without_a_picture_is_the_language_models(tmp_path):
+    folder = built(tmp_path)
+    model, text = llava.from_pretrained(folder).eval(), ChatText(llava.open_tokenizer(folder))
+    messages = [{"role": "user", "content": QUESTION}]
+    answer = chat.reply(model, text, messages, [], max_new_tokens=8)
+    ids = torch.tensor([text.ids_and_labels(messages, prompt=True)[0]])
+    alone = theirs(folder).model.language_model, theirs(folder).lm_head
+    for _ in range(8):
+        hidden = alone[0](input_ids=ids).last_hidden_state[:, -1]
+        logits = alone[1](hidden)
+        logits[:, text.image_token_id] = -torch.inf
+        ids = torch.cat([ids, logits.argmax(-1, keepdim=True)], dim=1)
+        if ids[0, -1].item() in text.stop_ids:
+            break
+    new = ids[0, -8:] if ids[0, -1].item() not in text.stop_ids else ids[0]
+    assert answer and text.tokenizer.decode(new, skip_special_tokens=True).strip().endswith(answer)
+
+
 def test_the_greedy_answer_alone_whatever_the_folder_suggests(tmp_path, picture, capsys):
     folder = built(tmp_path)
     reference, processor = theirs(folder), AutoProcessor.from_pretrained(folder)
@@ -101,7 +119,7 @@ def test_a_bad_call_is_one_line(good, tmp_path, capsys):
         (["--image", tmp_path / "no.png"], "no.png"),
         (["--image", tmp_path / "gone.png"], "gone.png: no such file"),
         (["--model_name_or_path", "no/such"], "no/such"),
-        (["--prompt", "long " * 40_000], "tokens, but the language model learnt 32768"),
+        (["--prompt", "long " * 40_000], "tokens, and the language model learnt 32768"),
     ):
         assert says in refused(capsys, chat, *flags, *more)
 

@@ -32,15 +32,16 @@ def one_row(toy, tiny):
     return [word for key, value in argv.items() for word in (f"--{key}", str(value))]
 
 
-def test_check_shows_a_row_as_the_model_gets_it(toy, tiny, one_row, capsys):
-    rows = json.loads((toy / "train.json").read_text())
-    i = next(i for i, r in enumerate(rows) if len(data.image_list(r)) == 2)
-    assert check.main([*one_row, "--index", str(i), "--json"]) == 0
+def test_check_shows_a_row_as_the_model_gets_it(toy, tiny, one_row, tmp_path, capsys):
+    asked = row([f"{IMAGE} or {IMAGE}?", "second"], image=["000001.png", "000002.png"])
+    file = write(tmp_path / "rows.json", json.dumps([asked]))
+    show = [*one_row, "--data_path", str(file), "--index", "0"]
+    assert check.main([*show, "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
-    dataset = open_dataset(toy / "train.json", toy / "images", tiny)
-    batch = data.Collator(dataset.image_token_id, 576)([dataset[i]])
+    dataset = open_dataset(file, toy / "images", tiny)
+    batch = data.Collator(dataset.image_token_id, 576)([dataset[0]])
     assert printed == {key: batch[key][0].tolist() for key in ("input_ids", "labels")}
-    assert check.main([*one_row, "--index", str(i)]) == 0
+    assert check.main(show) == 0
     printed = capsys.readouterr().out
     assert printed.count(f"{IMAGE} x 576") == 2 and f"{len(batch['labels'][0])} tokens" in printed
 

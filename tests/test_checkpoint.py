@@ -1,6 +1,7 @@
 """Stopping and resuming: what a run on disk holds, survives, and refuses."""
 
 import functools
+import itertools
 import json
 import os
 import pickletools
@@ -133,9 +134,11 @@ def test_two_ranks_resume_bit_for_bit(world, tmp_path):
 
 
 def test_dropout_differs_between_steps_ranks_and_seeds():
-    args = [train.argparse.Namespace(seed=seed) for seed in (42, 43)]
-    seeds = {train.seed_of(a, step, rank) for a in args for step in range(5) for rank in range(5)}
-    assert len(seeds) == 50 and torch.manual_seed(max(seeds))
+    seeds = set()
+    for seed, step, rank in itertools.product((42, 43), range(5), range(5)):
+        train.seed_dropout(seed, step, rank)
+        seeds.add(torch.initial_seed())
+    assert len(seeds) == 50
 
 
 # --- what a checkpoint is ---

@@ -82,7 +82,7 @@ Image.new("RGB", (40, 30), "red").save("red.png")
 turns = [{"from": "human", "value": "<image>What is it?"}, {"from": "gpt", "value": "A circle."}]
 json.dump([{"image": "red.png", "conversations": turns}], open("rows.json", "w"))
 text, transform = data.ChatText(tokenizer, "chatml_direct"), data.PictureTransform(28, [.5] * 3, [.5] * 3, "pad")
-rows = data.LlavaDataset(data.Records("rows.json"), data.Pictures("."), text, transform, 4)
+rows = data.LlavaDataset(data.Records("rows.json"), data.Pictures("."), text, transform, 4, 2048, "stop")
 batch = data.Collator(text.image_token_id, 4)([rows[0], rows[0]])
 labels = batch["labels"][1]
 print(batch["pixel_values"].shape, tokenizer.decode(labels[labels >= 0]))
@@ -118,7 +118,8 @@ def test_change_another_projector_takes_three_lines(world, tmp_path, monkeypatch
     )
     monkeypatch.setattr(train, "llava", other)
     monkeypatch.setattr(evaluate, "llava", other)
-    other.build(*parts(tmp_path), tmp_path / "llava", "norm_linear")
+    monkeypatch.setattr(build, "llava", other)
+    build.build(*parts(tmp_path), tmp_path / "llava", "norm_linear")
     assert run(world, tmp_path / "a", model_name_or_path=tmp_path / "llava", max_steps=2)[0] == 0
     model, saved = other.from_pretrained(tmp_path / "a/final"), weights_of(tmp_path / "a")
     norm = model.multi_modal_projector.norm
@@ -172,15 +173,15 @@ def test_change_llama_3s_template_is_taken_as_it_is_and_takes_six_lines_to_name(
     taught = [label for label in labels if label != IGNORE]
     assert tokenizer.decode(taught) == "A frog.<|eot_id|>A leaf.<|eot_id|>"
 
-    named = """_TEMPLATES = {
+    named = """TEMPLATES = {
     "llama_3": (
         "Answer the questions.",
-        "{{ BOS }}{%- for turn in [{'role': 'system', 'content': system}] + turns -%}"
+        "{%- for turn in [{'role': 'system', 'content': system}] + turns -%}"
         "{{ '<|start_header_id|>' + turn.role + '<|end_header_id|>\\n\\n' }}"
         "{{ turn.content + '<|eot_id|>' }}{%- endfor -%}"
         "{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' if add_generation_prompt }}"),
 """
-    other = changed(data, 6, ("_TEMPLATES = {\n", named))
+    other = changed(data, 6, ("\nTEMPLATES = {\n", "\n" + named))
     text = other.ChatText(tokenizer, "llama_3")
     assert text.ids_and_labels(messages[1:]) == (ids, labels) and "llama_3" in other.VERSIONS
 
@@ -319,7 +320,7 @@ def test_every_command_of_the_readme_runs(world, tmp_path, monkeypatch, capsys):
         capsys.readouterr()
         script = importlib.import_module(file.removesuffix(".py"))
         assert script.main(argv) == 0, (line, capsys.readouterr().err)
-        if "--index" in argv:  # its output stands below it
+        if "--index" in argv and "out/tiny" in argv:  # its output stands below it
             printed = capsys.readouterr().out.split()
             assert " ".join(printed) in " ".join((HERE / "README.md").read_text().split())
         ran.append(file)
