@@ -246,7 +246,8 @@ def open_rows(job: dict, version: str = "own") -> data.LlavaDataset:
     source, folder = Path(job["model"]), Path(job["work"])
     config, tokenizer = llava.read_config(source), llava.open_tokenizer(source)
     paths = folder / f"{job['mix']}.json", folder / "images", source
-    return data.open_dataset(*paths, config, tokenizer, version=version, max_length=4096)
+    text = data.ChatText(tokenizer, version)
+    return data.open_dataset(*paths, config, tokenizer, text=text, max_length=4096)
 
 
 def run_ours(job: dict) -> dict:

@@ -228,20 +228,14 @@ def main(argv=None) -> int:
         raise ValueError("--index shows tokens: name their model with --model_name_or_path")
     if args.model_name_or_path:
         folder = llava.resolve(args.model_name_or_path)
-        config, tokenizer = llava.read_config(folder), llava.open_tokenizer(folder)
+        config = llava.read_config(folder)
         if config.model_type != "llava":
             raise ValueError(f"{folder}: not a LLaVA folder: build.py makes one")
         positions = config.text_config.max_position_embeddings
-        rows = data.open_dataset(
-            args.data_path,
-            args.image_folder,
-            folder,
-            config,
-            tokenizer,
-            args.version,
-            args.image_aspect_ratio,
-            args.model_max_length,
-        )
+        text = data.ChatText(llava.open_tokenizer(folder), args.version)
+        options = {"aspect_ratio": args.image_aspect_ratio, "max_length": args.model_max_length}
+        paths = args.data_path, args.image_folder, folder
+        rows = data.open_dataset(*paths, config, None, text=text, **options)
     if args.index is not None:
         return show(rows, args.index, args.json)
     records = rows.records if rows else data.Records(args.data_path)

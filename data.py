@@ -21,10 +21,12 @@ One row, by hand (`folder` is a LLaVA model's; pictures may also lie in a .zip):
 
 All rows, in the order of epoch 0, in batches of 4 x 2 rows for an optimizer step:
 
-    rows = open_dataset("train.json", "images", folder, config, tokenizer)
-    steps = plan_epoch(rows.records.lengths, rows.records.has_picture, 8, 0, 0, by_modality=True)
+    dataset = open_dataset("train.json", "images", folder, config, tokenizer)
+    lengths, has_picture = dataset.records.lengths, dataset.records.has_picture
+    steps = plan_epoch(lengths, has_picture, global_batch=8, seed=0, epoch=0, by_modality=True)
     batches = micro_batches(steps, accumulation=2, world=1, rank=0)
-    for batch in loader(rows, batches, Collator(rows.image_token_id, 576), workers=2):
+    collate = Collator(dataset.image_token_id, tokens_per_picture=576)
+    for batch in loader(dataset, batches, collate, workers=2):
         print(batch["input_ids"].shape, batch["labels"].shape, batch["pixel_values"].shape)
 
 Sources: LLaVA's rows, templates and masks (github.com/haotian-liu/LLaVA, llava/conversation.py and
@@ -35,15 +37,15 @@ import contextlib
 import functools
 import io
 import json
-import math
 import os
-import posixpath
 import re
 import shutil
 import signal
 import sys
 import warnings
 import zipfile
+from bisect import bisect_left
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -67,17 +69,41 @@ NO_PICTURES = [
 ]
 
 
-def decode_picture(data: bytes, name: str = "") -> Image.Image:
-    """The picture as any viewer shows it: upright, on white, in RGB; of several frames the first.
+def upright(image: Image.Image) -> Image.Image:
+    """Turned as its EXIF block says; a broken block says nothing."""
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:
+        return image
 
-    Raises ValueError where it is damaged, too large or no picture.
-    Not with JPEG's scaled decoding (`Image.draft`): pictures of 640 x 480, as COCO's, are too small
-    for it, and of larger ones it changes pixels by up to 0.4 standard deviations.
-    """
+
+def to_8_bits(image: Image.Image) -> Image.Image:
+    """Greys of 16 bits by 257; of 32, and floats, from lowest to highest: Pillow clips at 255."""
+    sixteen = image.mode.startswith("I;16")
+    if not sixteen and image.mode not in ("I", "F"):
+        return image
+    values = np.ma.masked_invalid(np.asarray(image, np.float64))
+    low, high = (0, 65535) if sixteen else (values.min(), values.max())
+    grey = (values - low) * 255 / (high - low)  # a constant's 0 / 0 is masked, as nan and inf are
+    return Image.fromarray(np.ma.filled(grey, 0).round().astype(np.uint8))
+
+
+def on_white(image: Image.Image) -> Image.Image:
+    """In RGB, what is transparent laid on white."""
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+
+
+def decode_picture(data: bytes, name: str = "") -> Image.Image:
+    """What any viewer shows: the first frame, upright, on white, in RGB; or a ValueError."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # they name no file, and what cannot be read raises
-            return on_white(to_8_bits(upright(Image.open(io.BytesIO(data)))))
+            image = Image.open(io.BytesIO(data))
+            image.load()
+            return on_white(to_8_bits(upright(image)))
     except Image.DecompressionBombError:
         reason = "it has too many pixels: shrink it"
     except Exception as error:  # Pillow's decoders raise nearly anything
@@ -86,38 +112,10 @@ def decode_picture(data: bytes, name: str = "") -> Image.Image:
     raise ValueError(f"picture {name}: not one that can be read ({reason})")
 
 
-def upright(image: Image.Image) -> Image.Image:
-    image.load()  # raises where pixels are damaged
-    try:
-        return ImageOps.exif_transpose(image)
-    except Exception:  # a broken EXIF block says nothing
-        return image
-
-
-def to_8_bits(image: Image.Image) -> Image.Image:
-    """Greys of 16 bits by 257; of 32, and floats, from their lowest to their highest value.
-
-    What is not finite becomes 0, and so does a constant. (Pillow would clip all at 255.)
-    """
-    sixteen = image.mode.startswith("I;16")
-    if not sixteen and image.mode not in ("I", "F"):
-        return image
-    values = np.asarray(image, np.float64)
-    finite = values[np.isfinite(values)]
-    low, high = 0, 65535
-    if not sixteen:
-        low, high = finite.min(initial=np.inf), finite.max(initial=-np.inf)
-    grey = (values - low) * 255 / (high - low) if low < high else np.zeros(values.shape)
-    grey = np.nan_to_num(grey, posinf=0, neginf=0).round()
-    clear = values == image.info.get("transparency")
-    return Image.fromarray(np.where(clear, 255, grey).astype(np.uint8))
-
-
-def on_white(image: Image.Image) -> Image.Image:
-    if not image.has_transparency_data:
-        return image.convert("RGB")
-    image = image.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+def centre(image: Image.Image, width: int, height: int) -> Image.Image:
+    """The middle of a picture."""
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
 
 
 class PictureTransform:
@@ -135,30 +133,31 @@ class PictureTransform:
     @classmethod
     def from_pretrained(cls, folder: str | Path, aspect_ratio: str | None = None):
         """As a model folder's processor files say; `aspect_ratio` overrides theirs."""
-        for name in ("preprocessor_config.json", "processor_config.json"):
+        config = {}
+        for name in ("processor_config.json", "preprocessor_config.json"):
             path = Path(folder) / name
-            config = json.loads(path.read_bytes()) if path.is_file() else {}
-            config = config.get("image_processor", config)
-            if "image_mean" in config:
-                break
-        else:
-            raise FileNotFoundError(f"{folder}: no preprocessor_config.json that has an image_mean")
-        size = config.get("crop_size") or config.get("size") or {}
-        if not isinstance(size, int):
+            found = json.loads(path.read_bytes()) if path.is_file() else {}
+            config |= found.get("image_processor", found)
+        size = config.get("crop_size") or config.get("size")
+        if isinstance(size, dict):
             size = size.get("height") or size.get("shortest_edge")
         pads = config.get("do_pad")
         crops = config.get("crop_size") and config.get("do_center_crop", True)
-        if not size or not (pads or crops):
-            raise ValueError(f"{path}: neither do_pad nor crop_size makes pictures square")
-        own = "pad" if pads else "square"
-        return cls(size, config["image_mean"], config["image_std"], aspect_ratio or own)
+        if not size or not (pads or crops) or "image_mean" not in config:
+            wanted = "image_mean, and do_pad or crop_size to make pictures square"
+            raise ValueError(f"{folder}: no preprocessor_config.json that has {wanted}")
+        aspect_ratio = aspect_ratio or ("pad" if pads else "square")
+        return cls(size, config["image_mean"], config["image_std"], aspect_ratio)
 
     def __call__(self, image: Image.Image) -> np.ndarray:
         """(3, size, size) float32, normalised."""
+        longest = 32 * min(image.size)  # of a longer strip the middle: its square would be huge
+        image = centre(image, min(image.width, longest), min(image.height, longest))
         if self.aspect_ratio == "pad":
-            image = pad(image, self.background)
-        else:  # of a long strip the middle will do
-            image = centre(image, *(min(n, 16 * min(image.size)) for n in image.size))
+            side = max(image.size)
+            square = Image.new("RGB", (side, side), self.background)
+            square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+            image = square
         resized = [self.size * n // min(image.size) for n in image.size]
         image = centre(image.resize(resized, Image.Resampling.BICUBIC), self.size, self.size)
         channels = np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))  # (3, S, S)
@@ -168,53 +167,24 @@ class PictureTransform:
         return pixels
 
 
-def centre(image: Image.Image, width: int, height: int) -> Image.Image:
-    """The middle of a picture."""
-    left, top = (image.width - width) // 2, (image.height - height) // 2
-    return image.crop((left, top, left + width, top + height))
-
-
-def pad(image: Image.Image, background: tuple) -> Image.Image:
-    """The picture in the middle of a square; a long strip, whose square is huge, made smaller."""
-    side = max(image.size)
-    if side**2 > 4 * image.width * image.height + 2**24:
-        image = image.resize([max(1, n * 4096 // side) for n in image.size])
-        side = 4096
-    square = Image.new("RGB", (side, side), background)
-    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-    return square
-
-
 class Pictures:
-    """A folder of pictures, or a .zip of them read in place; `read(name)` gives a file's bytes.
-
-    Forked workers share the zip's directory, which takes seconds to read, but not its file: of two
-    that move one position each would get the other's bytes.
-    """
+    """A folder of pictures, or a .zip of them that is read in place."""
 
     def __init__(self, path: str | Path):
         self.path, self.archive, self.process = Path(path), None, os.getpid()
-        if self.path.is_file():
+        if not self.path.is_dir():
             try:
                 self.archive = zipfile.ZipFile(self.path)
             except Exception as error:  # zipfile, too, raises nearly anything
-                raise ValueError(f"--image_folder {path}: not a whole .zip ({error})") from None
-        elif not self.path.is_dir():
-            raise FileNotFoundError(f"--image_folder {path}: no such folder or .zip")
-
-    def __contains__(self, name: str) -> bool:
-        return self.find(name) is not None
+                wanted = "neither a folder nor a whole .zip"
+                raise ValueError(f"--image_folder {path}: {wanted} ({error})") from None
 
     def find(self, name: str) -> str | None:
         r"""The name as the folder or zip has it: a row may say .\a.png or .//a.png for a.png."""
-        for spelling in (name, posixpath.normpath(name.replace("\\", "/")).lstrip("/")):
-            if self.archive:
-                found = spelling in self.archive.NameToInfo and not spelling.endswith("/")
-            else:
-                found = os.path.isfile(self.path / spelling)  # a pipe would be read for ever
-            if found:
-                return spelling
-        return None
+        name = os.path.normpath(name.replace("\\", "/"))
+        if self.archive:
+            return name if name in self.archive.NameToInfo else None
+        return name if os.path.isfile(self.path / name) else None
 
     def read(self, name: str, at_most: int = -1) -> bytes:
         """A file's bytes, or the first `at_most` of them; FileNotFoundError or ValueError."""
@@ -223,6 +193,8 @@ class Pictures:
             url = ": that is a URL, download it first" if re.match(r"\w+://", name) else ""
             raise FileNotFoundError(f"picture {name}: not in {self.path}{url}")
         if self.archive and self.process != os.getpid():
+            # A forked worker shares the zip's directory, which takes seconds to read, but must not
+            # share the file: of two that move one position each would get the other's bytes.
             self.archive.fp, self.process = open(self.path, "rb"), os.getpid()
         try:
             file = self.archive.open(found) if self.archive else open(self.path / found, "rb")
@@ -234,9 +206,9 @@ class Pictures:
 
 # --- a conversation > ids and labels ---
 
-# LLaVA's conversation templates as Jinja, to the character (llava/conversation.py): the default
-# system text and the rest. The tokenizer or processor puts the first BOS in front; BOS here stands
-# for later ones, where the model has one.
+# LLaVA's conversation templates (llava/conversation.py) as Jinja, equal to the character. Of each,
+# the system text where a row has none, and how `system` and `turns` are written. BOS is one inside
+# a conversation, for models that have it: the tokenizer puts the first in front.
 TEMPLATES = {
     "v1": (
         "A chat between a curious user and an artificial intelligence assistant. "
@@ -261,23 +233,28 @@ TEMPLATES = {
         "{{ '<|im_start|>assistant\n' if add_generation_prompt else '' }}",
     ),
 }
-VERSIONS = ["plain", *TEMPLATES, "own"]
 SYSTEM_AND_TURNS = (
-    "{% set own = messages[0].role == 'system' %}{% set turns = messages[1:] if own else messages %}"
+    "{% set own = messages[0].role == 'system' %}"
+    "{% set turns = messages[1:] if own else messages %}"
     "{% set system = messages[0].content if own else DEFAULT %}"
 )
+VERSIONS = ["plain", *TEMPLATES, "own"]  # --version; plain has no template, own is the folder's
 
 # Stands in front of any template, so that it takes contents as strings and as lists of parts, and a
 # question's only picture goes first, as in training. The second is for templates that want parts.
 AS_STRINGS = (
-    "{% set all = namespace(messages=[], text='') %}{% for message in messages %}"
+    "{% set all = namespace(messages=[], text='') %}"
+    "{% for message in messages %}"
     "{% set all.text = message.content if message.content is string else '' %}"
     "{% for part in ([] if message.content is string else message.content) %}"
     "{% set all.text = all.text + ('<image>\n' if part.type == 'image' else part.text) %}"
-    "{% endfor %}{% if message.role == 'user' and all.text.count('<image>') == 1 %}"
+    "{% endfor %}"
+    "{% if message.role == 'user' and all.text.count('<image>') == 1 %}"
     "{% set all.text = ('<image>\n' + all.text.replace('<image>', '').strip()).strip() %}"
-    "{% endif %}{% set all.messages = all.messages + [dict(message, content=all.text)] %}"
-    "{% endfor %}{% set messages = all.messages %}"
+    "{% endif %}"
+    "{% set all.messages = all.messages + [dict(message, content=all.text)] %}"
+    "{% endfor %}"
+    "{% set messages = all.messages %}"
 )
 AS_PARTS = AS_STRINGS.replace("content=all.text", "content=[{'type': 'text', 'text': all.text}]")
 
@@ -286,18 +263,17 @@ ANOTHER = "name another template, such as --version v1"
 
 def named_template(version: str, has_bos: bool) -> str:
     """The Jinja template of one of LLaVA's `--version` names."""
-    system, body = TEMPLATES[version]
+    system, turns = TEMPLATES[version]
     head = SYSTEM_AND_TURNS.replace("DEFAULT", json.dumps(system))
-    return head + body.replace("BOS", "bos_token" if has_bos else "''")
+    return head + turns.replace("BOS", "bos_token" if has_bos else "''")
 
 
-def as_llava_has_it(messages: list[dict], control: re.Pattern) -> list[dict]:
+def prepare_turns(messages: list[dict], control: re.Pattern) -> list[dict]:
     """The turns with a question's only picture first, as LLaVA's preprocess_multimodal puts it.
 
-    An answer loses empty lines in front, which the token of the template's newline would swallow.
-    Raises ValueError where a turn says what only templates may: </s>, or <image> in an answer.
+    ValueError where a turn says what only templates may (`control`): </s>, <image> in an answer.
     """
-    changed = []
+    prepared = []
     for message in messages:
         role, content = message["role"], message["content"]
         found = control.search(content.replace(IMAGE, " ") if role == "user" else content)
@@ -306,9 +282,10 @@ def as_llava_has_it(messages: list[dict], control: re.Pattern) -> list[dict]:
         if role == "user" and content.count(IMAGE) == 1:
             content = f"{IMAGE}\n{content.replace(IMAGE, '').strip()}".strip()
         elif role == "assistant":
+            # Empty lines in front would become one token with the template's newline.
             content = re.sub(r"\A\s*[\r\n]", "", content)
-        changed.append({"role": role, "content": content})
-    return changed
+        prepared.append({"role": role, "content": content})
+    return prepared
 
 
 class ChatText:
@@ -322,56 +299,47 @@ class ChatText:
     .......................... prompt, ignored ........................^^^^^^^^^^^^^^^^^..
                                                                        answer and end token
 
-    chat_template   what a model folder is given
-    stop_ids        the ids that end an answer
+    chat_template is what a model folder is given, None for `plain`; stop_ids end an answer.
     """
 
     def __init__(self, tokenizer, version: str = "own"):
-        if version not in VERSIONS:
-            raise ValueError(f"--version {version}: known are {', '.join(VERSIONS)}")
-        if IMAGE not in tokenizer.get_added_vocab():
-            raise ValueError(f"the tokenizer has no token {IMAGE}: `build.py` adds it")
         if not tokenizer.is_fast:
             raise ValueError(f"{type(tokenizer).__name__} is slow: it has no offsets of tokens")
         self.tokenizer, self.version, self.chat_template = tokenizer, version, None
         self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE)
-        first = tokenizer("a").input_ids[:1]  # only ids tell: `add_bos_token` misleads
+        first = tokenizer("a").input_ids[:1]  # BOS or not? `add_bos_token` misleads, ids do not
         self.bos = first if first == [tokenizer.bos_token_id] else []
         special = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
         control = sorted({*special, *tokenizer.all_special_tokens, IMAGE}, key=len, reverse=True)
-        self.control = re.compile("|".join(map(re.escape, control)))
+        self.control = re.compile("|".join(map(re.escape, control)))  # of two, the longer is found
         if version == "plain":
             pieces = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
             self.stop_ids = [i for i, piece in enumerate(pieces) if "\n" in piece]
-        else:
+        elif version == "own":
             own = tokenizer.chat_template and tokenizer.get_chat_template()  # of several, one
-            self.adopt(own if version == "own" else named_template(version, bool(self.bos)))
+            self.use_template(own)
+        else:
+            self.use_template(named_template(version, bool(self.bos)))
 
-    def adopt(self, template: str | None):
-        """Has a template take strings and parts; finds what begins and ends an answer.
+    def use_template(self, template: str | None):
+        """Finds on two questions how it begins and ends an answer; ValueError if it cannot teach.
 
-        Raises ValueError where it cannot teach, tried on two questions.
+        A message's content reaches it as it wants it, as a string or as parts.
         """
         if not template:
             raise ValueError("the model folder has no chat template: name one with --version v1")
         template = template.removeprefix(AS_STRINGS).removeprefix(AS_PARTS)
-        said = [("user", "Q1x"), ("assistant", "A1x"), ("user", "Q2x"), ("assistant", "A2x")]
-        probe = [{"role": role, "content": content} for role, content in said]
+        probe = [("user", "Q1x"), ("assistant", "A1x"), ("user", "Q2x"), ("assistant", "A2x")]
+        probe = [{"role": role, "content": content} for role, content in probe]
         asked = ""
         for prefix in (AS_STRINGS, AS_PARTS):
             self.chat_template = prefix + template
-            with contextlib.suppress(ValueError):  # one that wants parts may refuse a string
+            with contextlib.suppress(ValueError):  # one that wants parts may refuse strings
                 asked = self.render(probe[:1], prompt=True)
             if "Q1x" in asked:
                 break
         self.begin = asked.partition("Q1x")[2]  # stands between a question and its answer
-        ids, labels = self.ids_and_labels(probe)
-        for n in (1, 3):
-            prompt, _ = self.ids_and_labels(probe[:n], prompt=True)
-            before, after = labels[len(prompt) - 1 : len(prompt) + 1]
-            if ids[: len(prompt)] != prompt or before != IGNORE or after == IGNORE:
-                reason = "ends within an answer's first token, as with a space at its end"
-                raise ValueError(f"the chat template's generation prompt {reason}: {ANOTHER}")
+        _, labels = self.ids_and_labels(probe)
         ends = {i for i, after in zip(labels, [*labels[1:], IGNORE]) if after == IGNORE != i}
         self.stop_ids = sorted(ends | {self.tokenizer.eos_token_id} - {None})
 
@@ -383,12 +351,41 @@ class ChatText:
         except Exception as error:  # a template is a program
             raise ValueError(f"the chat template refuses this conversation: {error}") from None
 
-    def ids_and_labels(self, messages: list[dict], prompt: bool = False) -> tuple[list, list]:
-        """Token ids (t,) with one <image> id for each picture, and labels (t,): the id, or -100.
+    def find_answers(self, text: str, messages: list[dict]) -> list[tuple[int, int]]:
+        """Where each answer begins and ends in the rendered text, walked along turn by turn.
 
-        With `prompt` they end where an answer begins, and there are no labels.
+        It begins behind its question and what stands there in a generation prompt, and ends with
+        the first control string that follows: its end token.
         """
-        messages = as_llava_has_it(messages, self.control)
+        at, answers = 0, []
+        for n, message in enumerate(messages):
+            role, content = message["role"], message["content"].strip()  # many templates strip
+            place = text.find(content, at)
+            behind = place + len(content)
+            begin = text.find(self.begin, behind)
+            end = self.control.search(text, at)
+            shown = text[at : end.start()] if end else text[at:]
+            if role == "assistant" and not (end and shown.rstrip().endswith(content)):
+                fault = f"makes {shown[:60]!r} of the answer {content[:60]!r}, or does not end it"
+                raise ValueError(f"the chat template {fault}: {ANOTHER}")
+            if place < 0 or (role == "user" and begin < 0):
+                fault = f"drops the {role} turn, or begins its answer unlike its generation prompt"
+                raise ValueError(f"the chat template {fault}: {ANOTHER}")
+            if role == "user":
+                at = begin + len(self.begin)
+            elif role == "assistant":
+                answers.append((at, end.end()))
+                at = end.end()
+            elif messages[n + 1]["content"].strip() in text[behind:]:
+                at = behind  # else the system turn stands, as Mistral's, before the last question
+        return answers
+
+    def ids_and_labels(self, messages: list[dict], prompt: bool = False) -> tuple[list, list]:
+        """Token ids (t,) with one <image> id for each picture; labels (t,), the ids or IGNORE.
+
+        With `prompt` the ids end where an answer begins, and nothing has a label.
+        """
+        messages = prepare_turns(messages, self.control)
         if self.version == "plain":  # picture and caption: the question is left out
             if len(messages) != 2 or messages[0]["content"].count(IMAGE) != 1:
                 raise ValueError(f"--version plain takes one picture and one answer: {ANOTHER}")
@@ -398,91 +395,32 @@ class ChatText:
             text = self.render(messages, prompt)
             answers = [] if prompt else self.find_answers(text, messages)
         tokens = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        labels, answers = [], iter([*answers, (math.inf, math.inf)])
-        first, last = next(answers)
-        for i, (start, end) in zip(tokens.input_ids, tokens.offset_mapping):
-            while start >= last:
-                first, last = next(answers)
-            if start < first < end and text[first:end].strip():
-                raise ValueError(f"{text[start:end]!r} is one token, half an answer's: {ANOTHER}")
-            labels.append(i if first <= start else IGNORE)
-        bos = [] if tokens.input_ids[:1] == self.bos else self.bos
-        return bos + tokens.input_ids, [IGNORE] * len(bos) + labels
-
-    def find_answers(self, text: str, messages: list[dict]) -> list[tuple]:
-        """Where each answer begins and ends, its end token included, in the rendered text.
-
-        Walked along once, turn by turn: an answer begins behind its question and what stands there
-        in a generation prompt, and ends with the first control string that follows.
-        """
-        at, answers = 0, []
-        for n, (role, content) in enumerate(message.values() for message in messages):
-            said, fault = content.strip(), None  # many templates strip
-            place = text.find(said, at)
-            if role == "assistant":
-                end = self.control.search(text, at)
-                shown = text[at : end.start()] if end else text[at:]
-                if not end or not shown.rstrip().endswith(said):
-                    fault = f"makes {shown[:60]!r} of the answer {said[:60]!r}, or does not end it"
-                else:
-                    answers.append((at, end.end()))
-                    at = end.end()
-            elif place < 0:
-                fault = f"drops the {role} turn: remove it"
-            elif role == "user":
-                begin = text.find(self.begin, place + len(said))
-                at = begin + len(self.begin)
-                if begin < 0:
-                    fault = "begins an answer otherwise than its generation prompt ends"
-            elif text.find(messages[n + 1]["content"].strip(), place + len(said)) >= 0:
-                at = place + len(said)  # else it stands, as Mistral's, before the last question
-            if fault:
-                raise ValueError(f"the chat template {fault}: {ANOTHER}")
-        return answers
+        ids, labels = tokens.input_ids, [IGNORE] * len(tokens.input_ids)
+        starts = [start for start, _ in tokens.offset_mapping]
+        for begin, end in answers:
+            first, last = bisect_left(starts, begin), bisect_left(starts, end)
+            start, stop = tokens.offset_mapping[first - 1]
+            if text[begin:stop].strip():  # the token before reaches into the answer
+                raise ValueError(f"{text[start:stop]!r} is one token, half an answer's: {ANOTHER}")
+            labels[first:last] = ids[first:last]
+        bos = [] if ids[:1] == self.bos else self.bos
+        return bos + ids, [IGNORE] * len(bos) + labels
 
 
 # --- a row > turns and the names of its pictures ---
 
-ROW = """{"image": "a.jpg", "conversations": [{"from": "human", "value": "<image>\\nWhat is it?"},
-{"from": "gpt", "value": "A frog."}]}""".replace("\n", " ")
-ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant"}
-ROLES["system"] = "system"
+ROW = (
+    '{"image": "a.jpg", "conversations": [{"from": "human", "value": "<image>\\nWhat is it?"}, '
+    '{"from": "gpt", "value": "A frog."}]}'
+)
+ROLES = {"human": "user", "gpt": "assistant"}
 NOT_READ = ["video", "videos", "audio", "audios"]
 MISNAMED = ["image_path", "image_paths", "image_file", "image_url", "image_urls", "img", "picture"]
 
 
-def parse_record(row: dict) -> tuple[list[dict], list[str]]:
-    """The turns as {role, content} and the pictures' names; ValueError, with the fix, if wrong.
-
-    Turns stand under `conversations` (LLaVA, ShareGPT) or `messages` (TRL, LLaMA-Factory). A gpt
-    turn before the first question is dropped, as LLaVA does, and so is a last question.
-    """
-    turns = row.get("conversations") or row.get("messages") if isinstance(row, dict) else None
-    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        raise ValueError(f"expected a row such as {ROW}, or one with messages")
-    if row.get("system"):
-        turns = [{"role": "system", "content": row["system"]}, *turns]
-    said, pictures = [], []
-    for found in (row.get("image"), row.get("images")):
-        if found is not None:
-            pictures += found if isinstance(found, list) else [found]
-    for n, turn in enumerate(turns, 1):
-        content, names = read_content(turn.get("value", turn.get("content")))
-        said.append((n, ROLES.get(str(turn.get("from", turn.get("role")))), content))
-        pictures += names
-    first = int(said[0][1] == "system")
-    if len(said) > first and said[first][1] == "assistant":
-        del said[first]
-    if said and said[-1][1] == "user":  # a question without an answer teaches nothing
-        said.pop()
-    check_row(row, said, pictures)
-    return [{"role": role, "content": content} for _, role, content in said], pictures
-
-
 def read_content(content) -> tuple[str | None, list[str]]:
-    """What a turn says, and the pictures that its parts name; (None, []) if it is no text.
-
-    Parts are joined as the templates that we save join them.
+    """What a turn says, its parts joined as AS_STRINGS joins them, and the pictures that they name;
+    (None, []) if it is no text.
     """
     if isinstance(content, str):
         return content, []
@@ -497,62 +435,76 @@ def read_content(content) -> tuple[str | None, list[str]]:
     return text, names
 
 
+def check_row(row: dict, talk: list[dict], pictures: list):
+    """Raises ValueError for what would be wrong in silence, and what people really get wrong."""
+    roles, due = [turn["role"] for turn in talk], ["user", "assistant"] * (len(talk) // 2)
+    ignored = [key for key in NOT_READ + MISNAMED * (not pictures) if row.get(key)]
+    nameless = [name for name in pictures if not (name and isinstance(name, str))]
+    wanted = sum(turn["content"].count(IMAGE) for turn in talk if turn["role"] == "user")
+    given = len(pictures)
+    faults = [
+        (not talk, "there is no gpt turn, so nothing to learn: add an answer"),
+        (roles != due, "human and gpt (or user and assistant) must alternate, human first"),
+        (ignored, f'{ignored} would be ignored: pictures stand in "image", and only they are read'),
+        (nameless, f'"image" holds {nameless}: no file names, so mend or remove them'),
+        (given != wanted, f"{given} picture(s) but {wanted} {IMAGE} in questions: write one each"),
+    ]
+    for wrong, what in faults:
+        if wrong:
+            raise ValueError(what)
+
+
+def parse_record(row: dict) -> tuple[list[dict], list[str]]:
+    """The turns as {role, content} and the pictures' names; ValueError, with the fix, if wrong.
+
+    Turns stand under `conversations` (LLaVA, ShareGPT) or `messages` (TRL, LLaMA-Factory). A gpt
+    turn before the first question is dropped, as LLaVA does, and so is a last question.
+    """
+    turns = row.get("conversations") or row.get("messages") if isinstance(row, dict) else None
+    if not (turns and isinstance(turns, list) and all(isinstance(turn, dict) for turn in turns)):
+        raise ValueError(f"expected a row such as {ROW}, or one with messages")
+    if row.get("system"):
+        turns = [{"role": "system", "content": row["system"]}, *turns]
+    messages, pictures = [], []
+    for found in (row.get("image"), row.get("images")):
+        if found is not None:
+            pictures += found if isinstance(found, list) else [found]
+    for n, turn in enumerate(turns, 1):
+        content, names = read_content(turn.get("value", turn.get("content")))
+        if content is None or re.search("[\ud800-\udfff]", content):  # half a character
+            raise ValueError(f"turn {n}: neither a string in UTF-8 nor parts of text and images")
+        role = turn.get("from", turn.get("role"))
+        messages.append({"role": ROLES.get(str(role), role), "content": content})
+        pictures += names
+    first = int(messages[0]["role"] == "system")
+    system, talk = messages[:first], messages[first:]
+    if talk and talk[0]["role"] == "assistant":
+        talk = talk[1:]
+    if talk and talk[-1]["role"] == "user":  # a question without an answer teaches nothing
+        talk = talk[:-1]
+    check_row(row, talk, pictures)
+    return system + talk, pictures
+
+
 def image_list(row: dict) -> list[str]:
     """The names of a row's pictures, wherever they stand."""
     return parse_record(row)[1]
 
 
-def check_row(row: dict, turns: list[tuple], pictures: list):
-    """Raises ValueError for what would be wrong in silence, and what people really get wrong."""
-    talk = turns[1:] if turns and turns[0][1] == "system" else turns
-    due = ["user", "assistant"] * len(talk)
-    wanted = sum(str(said).count(IMAGE) for _, role, said in turns if role == "user")
-    nobodys = [n for n, role, _ in turns if role is None]
-    wordless = [n for n, _, said in turns if said is None]
-    unexpected = [n for (n, role, _), other in zip(talk, due) if role != other]
-    halves = [n for n, _, said in turns if re.search("[\ud800-\udfff]", str(said))]
-    not_read = [key for key in NOT_READ if row.get(key)]
-    misnamed = [key for key in MISNAMED if row.get(key) and not pictures]
-    nameless = [repr(name) for name in pictures if not (name and isinstance(name, str))]
-    # What is wrong, empty where all is well, and what to say of the first.
-    faults = [
-        (nobodys, "turn %s: write who speaks, human and gpt or user and assistant (system first)"),
-        (wordless, "turn %s: what is said is neither a string nor parts of type text or image"),
-        (unexpected, "turn %s: human and gpt must alternate, human first"),
-        ([] if talk else ["gpt"], "there is no %s turn, so nothing to learn: add an answer"),
-        (halves, "turn %s: half a surrogate pair, which is no character: remove it"),
-        (not_read, '"%s" would be ignored, as only pictures are read: remove it or the row'),
-        (misnamed, '"%s" would be ignored: call it "image"'),
-        (nameless, '"image" is %s, neither a file name nor a list of them: mend or remove it'),
-        (
-            [len(pictures)] if len(pictures) != wanted else [],
-            f"%s picture(s) but {wanted} {IMAGE} in the human turns: write one {IMAGE} where each "
-            'picture belongs, and name each in "image"',
-        ),
-    ]
-    for wrong, text in faults:
-        if wrong:
-            raise ValueError(text % wrong[0])
-
-
 def read_rows(path: Path) -> list:
     """The rows of a file: a JSON list, or one object a line; ValueError names the wrong line."""
-    if not path.is_file():
-        raise FileNotFoundError(f"--data_path {path}: no such file")
-    content, rows, line = path.read_bytes(), [], 1
+    # What is not UTF-8 becomes half a character, for which check_row names the row.
+    content, rows, before = path.read_text("utf-8-sig", "surrogateescape"), [], 0
     try:
-        if content.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"[":
+        if content[:64].lstrip().startswith("["):
             return json.loads(content)
-        for line, text in enumerate(content.split(b"\n"), 1):
-            if text.strip():
-                rows.append(json.loads(text))
+        for before, line in enumerate(content.split("\n")):
+            if line.strip():
+                rows.append(json.loads(line))
         return rows
-    except ValueError as error:  # not JSON, or not UTF-8
-        before = content[: error.start] if isinstance(error, UnicodeDecodeError) else b""
-        line += getattr(error, "lineno", 1) - 1 + before.count(b"\n")
-        reason = getattr(error, "msg", error)
-    wanted = f"wanted are rows, in a list or one a line, such as {ROW}"
-    raise ValueError(f"{path}: line {line}: not JSON ({reason}); {wanted}")
+    except json.JSONDecodeError as error:
+        where = f"{path}: line {before + error.lineno}: not JSON ({error.msg})"
+    raise ValueError(f"{where}; wanted are rows, in a list or one a line, such as {ROW}")
 
 
 class Records:
@@ -561,37 +513,37 @@ class Records:
     Forked workers share a buffer for good; a list of dicts they would copy page by page, because
     reading a Python object writes its reference count.
 
-    lengths       estimates of each row's tokens, four bytes of text to one, for the order of rows
+    lengths       an estimate of each row's tokens, four bytes of text to one
     has_picture   whether a row has pictures
-    bad_rows      numbers of those that are wrong, or say what only the template may (`control`)
+    bad_rows      the numbers of those that are wrong
     """
 
     def __init__(self, path: str | Path, tokens_per_picture: int = 576, control=None):
-        self.path = Path(path)
-        buffer, ends, lengths, pictures, self.bad_rows = bytearray(), [], [], [], []
+        self.path, self.bad_rows = Path(path), []
+        buffer, ends, lengths, pictures = bytearray(), [0], [], []
         for i, row in enumerate(read_rows(self.path)):
+            messages, names = [], []
             try:
                 messages, names = parse_record(row)
                 if control:
-                    as_llava_has_it(messages, control)
+                    prepare_turns(messages, control)
             except ValueError:  # raised again where the row is loaded
-                messages, names = [], []
                 self.bad_rows.append(i)
             text = sum(len(message["content"].encode()) for message in messages)
             lengths.append(text // 4 + len(names) * tokens_per_picture)
             pictures.append(len(names) > 0)
             buffer += json.dumps(row, ensure_ascii=False).encode("utf-8", "surrogatepass")
             ends.append(len(buffer))
-        if not ends:
+        if not lengths:
             raise ValueError(f"{self.path}: no rows")
         self.lengths, self.has_picture = np.array(lengths), np.array(pictures)
         self.ends, self.buffer = np.array(ends), np.frombuffer(buffer, np.uint8)
 
     def __len__(self) -> int:
-        return len(self.ends)
+        return len(self.lengths)
 
     def __getitem__(self, i: int) -> dict:
-        return json.loads(self.buffer[self.ends[i - 1] if i else 0 : self.ends[i]].tobytes())
+        return json.loads(self.buffer[self.ends[i] : self.ends[i + 1]].tobytes())
 
     def where(self, i: int) -> str:
         """The file, the number of a row, and its id if it has one."""
@@ -603,6 +555,7 @@ class Records:
 # --- rows > a batch ---
 
 
+@dataclass
 class LlavaDataset(torch.utils.data.Dataset):
     """Rows as tensors. Item i is a dict:
 
@@ -610,89 +563,68 @@ class LlavaDataset(torch.utils.data.Dataset):
     pixel_values (n, 3, S, S)      float32
     row, cut, fault                number; tokens lost to `max_length`; None, or why it was skipped
 
-    Item -1, and a skipped row, has one token and no label: it fills the batch and adds nothing to
-    the loss.
-    `max_length` counts tokens after each picture has become `tokens_per_picture` of them.
-    `on_bad_record` is `stop` (a ValueError names the row) or `skip`.
+    Item -1, and a skipped row, is one token without a label: it fills a batch, and teaches nothing.
     """
 
-    def __init__(
-        self, records, pictures, text, transform, tokens_per_picture, max_length, on_bad_record
-    ):
-        self.records, self.pictures, self.text, self.transform = records, pictures, text, transform
-        self.tokens_per_picture, self.max_length = tokens_per_picture, max_length
-        self.on_bad_record, self.image_token_id = on_bad_record, text.image_token_id
+    records: Records
+    pictures: Pictures | None
+    text: ChatText
+    transform: PictureTransform
+    tokens_per_picture: int
+    max_length: int = 2048  # tokens, after each picture has become `tokens_per_picture` of them
+    on_bad_record: str = "stop"  # a ValueError names the row; or "skip"
+
+    def __post_init__(self):
+        self.image_token_id = self.text.image_token_id
 
     def __len__(self) -> int:
         return len(self.records)
-
-    def __getitem__(self, i: int) -> dict:
-        fault = None
-        if i >= 0:
-            try:
-                return self.load(i)
-            except (ValueError, OSError) as error:
-                fault = f"{self.records.where(i)}: {error}"
-            if self.on_bad_record == "stop":
-                raise ValueError(fault)
-        return self.item(i, [0], [IGNORE], [], fault=fault)
-
-    def item(self, i: int, ids, labels, pixels, cut: int = 0, fault: str | None = None) -> dict:
-        size = self.transform.size
-        pixels = np.array(pixels, np.float32).reshape(-1, 3, size, size)  # (n, 3, S, S), n may be 0
-        tensors = {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels)}
-        tensors["pixel_values"] = torch.from_numpy(pixels)
-        return {**tensors, "row": i, "cut": cut, "fault": fault}
-
-    def load(self, i: int) -> dict:
-        messages, names = parse_record(self.records[i])
-        ids, labels = self.text.ids_and_labels(messages)
-        keep = self.fit(ids, labels)
-        pixels = [self.picture(name) for name in names]
-        return self.item(i, ids[:keep], labels[:keep], pixels, cut=len(ids) - keep)
 
     def picture(self, name: str) -> np.ndarray:
         """(3, S, S) float32: one of the pictures, as the tower gets it."""
         return self.transform(decode_picture(self.pictures.read(name), name))
 
     def fit(self, ids: list[int], labels: list[int]) -> int:
-        """How many ids fit into `max_length`. What is cut off is the end, wherever that falls, but
-        all pictures and at least one label must stay, else a ValueError.
-        """
+        """How many ids fit into `max_length`; ValueError if a picture does not, or no label."""
         widths = np.where(np.array(ids) == self.image_token_id, self.tokens_per_picture, 1).cumsum()
         keep = int((widths <= self.max_length).sum())
-        if self.image_token_id in ids[keep:]:
-            lost = "would cut off a picture"
-        elif all(label == IGNORE for label in labels[:keep]):
-            lost = "would leave nothing to learn from"
-        else:
-            return keep
-        limit = f"--model_max_length {self.max_length}"
-        raise ValueError(f"the row has {widths[-1]} tokens, and {limit} {lost}: raise it")
+        if self.image_token_id in ids[keep:] or set(labels[:keep]) <= {IGNORE}:
+            lost = "would cut off a picture, or leave nothing to learn from: raise it"
+            raise ValueError(f"of {widths[-1]} tokens --model_max_length {self.max_length} {lost}")
+        return keep
+
+    def load(self, i: int) -> tuple:
+        messages, names = parse_record(self.records[i])
+        ids, labels = self.text.ids_and_labels(messages)
+        keep = self.fit(ids, labels)
+        pixels = [self.picture(name) for name in names]
+        return ids[:keep], labels[:keep], pixels, len(ids) - keep
+
+    def __getitem__(self, i: int) -> dict:
+        ids, labels, pixels, cut, fault = [0], [IGNORE], [], 0, None
+        try:
+            if i >= 0:
+                ids, labels, pixels, cut = self.load(i)
+        except (ValueError, OSError) as error:
+            fault = f"{self.records.where(i)}: {error}"
+            if self.on_bad_record == "stop":
+                raise ValueError(fault) from None
+        shape = -1, 3, self.transform.size, self.transform.size  # (n, 3, S, S), where n may be 0
+        pixels = np.array(pixels, np.float32).reshape(shape)
+        item = {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels)}
+        item["pixel_values"] = torch.from_numpy(pixels)
+        return {**item, "row": i, "cut": cut, "fault": fault}
 
 
 def open_dataset(
-    data_path,
-    image_folder,
-    folder,
-    config,
-    tokenizer,
-    version="own",
-    aspect_ratio=None,
-    max_length=2048,
-    on_bad_record="stop",
-    text=None,
+    data_path, image_folder, folder, config, tokenizer, aspect_ratio=None, text=None, **limits
 ) -> LlavaDataset:
     """The rows of a file as a model's folder wants them: its template, its pictures, its counts.
 
-    `config` is the folder's LlavaConfig; `text`, where there is one already, is used as it is.
+    `config` is the folder's LlavaConfig; `text` a ChatText, if not of the folder's own template;
+    `limits` are LlavaDataset's.
     """
-    text = text or ChatText(tokenizer, version)
-    if text.image_token_id != config.image_token_id:
-        theirs = (
-            f"{text.image_token_id} for the tokenizer, but {config.image_token_id} in config.json"
-        )
-        raise ValueError(f"{folder}: {IMAGE} is {theirs}")
+    text = text or ChatText(tokenizer)
     vision = config.vision_config  # one token for each patch, and CLIP's CLS where it is kept
     tokens_per_picture = (vision.image_size // vision.patch_size) ** 2
     tokens_per_picture += vision.model_type == "clip_vision_model"
@@ -702,17 +634,15 @@ def open_dataset(
     if records.has_picture.any() and not image_folder:
         raise ValueError(f"{data_path} has pictures: say where with --image_folder")
     pictures = Pictures(image_folder) if image_folder else None
-    return LlavaDataset(
-        records, pictures, text, transform, tokens_per_picture, max_length, on_bad_record
-    )
+    return LlavaDataset(records, pictures, text, transform, tokens_per_picture, **limits)
 
 
 class Collator:
     """Makes a batch: each <image> id becomes `tokens_per_picture`, rows are padded on the right.
 
     input_ids, labels (B, T) int64; pixel_values (N, 3, S, S), in the order of the <image> ids.
-    Of a row nothing else is needed. There is no attention mask: causal attention never looks at
-    what comes after, and what stands in padded positions has no label.
+    There is no attention mask: causal attention never looks at what comes after, and what stands
+    in padded positions has no label.
     """
 
     def __init__(self, image_token_id: int, tokens_per_picture: int):
@@ -750,10 +680,10 @@ def plan_epoch(lengths, has_picture, global_batch: int, seed: int, epoch: int, b
     The step with the longest row is the first of epoch 0: what exceeds the memory shows at once.
     """
     rng = np.random.default_rng([seed, epoch])
-    with_picture, without = np.flatnonzero(has_picture), np.flatnonzero(~has_picture)
+    kinds = [has_picture, ~has_picture] if by_modality else [np.full(len(lengths), True)]
     steps = []
-    for group in [with_picture, without] if by_modality else [np.arange(len(lengths))]:
-        rows = rng.permutation(group)
+    for kind in kinds:
+        rows = rng.permutation(np.flatnonzero(kind))
         if by_modality and len(rows):  # by length, give or take 5 %: other mates in each epoch
             size = lengths[rows]
             rows = rows[np.argsort(-size + rng.uniform(-0.05, 0.05, len(rows)) * size.mean())]
@@ -771,58 +701,11 @@ def plan_epoch(lengths, has_picture, global_batch: int, seed: int, epoch: int, b
 def micro_batches(steps: np.ndarray, accumulation: int, world: int, rank: int, start: int = 0):
     """This rank's micro-batches, lists of rows, `accumulation` of them for each step from `start`.
 
-    Neighbours in length share a micro-batch, and ranks take neighbours: padding and waiting are
-    least.
+    Neighbours in length share one, and ranks take neighbours: padding and waiting are least.
     """
     micro = steps.shape[1] // (accumulation * world)
     rows = steps[start:].reshape(-1, accumulation, world, micro)[:, :, rank]
     return rows.reshape(-1, micro).tolist()
-
-
-def loader(dataset, batches: list, collate, workers: int, pin_memory: bool = False):
-    """Batches, prepared by worker processes that are forked, so they share the rows with this one.
-
-    They hand them over in /dev/shm, each two in advance. Where that is too small (Docker's default
-    is 64 MB) the run would hang: then this process prepares them.
-    """
-    if workers and batches and os.path.isdir("/dev/shm"):
-        rows = [
-            dataset[batch[0]] for batch in (batches[0], batches[len(batches) // 2], batches[-1])
-        ]
-        sizes = [sum(x.nbytes for x in row.values() if torch.is_tensor(x)) for row in rows]
-        needed, free = (
-            2 * workers * len(batches[0]) * max(sizes),
-            shutil.disk_usage("/dev/shm").free,
-        )
-        if needed > free:
-            workers = 0
-            say_once(
-                f"/dev/shm has {free >> 20} MB free and workers need {needed >> 20}: the main "
-                "process prepares the rows, which is slower (docker run --shm-size=8g cures it)"
-            )
-    return Batches(
-        dataset,
-        batch_sampler=batches,
-        collate_fn=collate,
-        num_workers=workers,
-        multiprocessing_context="fork" if workers else None,
-        worker_init_fn=ignore_signals,
-        generator=torch.Generator(),  # the default would draw from dropout's
-        pin_memory=pin_memory,
-    )
-
-
-class Batches(torch.utils.data.DataLoader):
-    """A DataLoader that says in one line that a worker has died."""
-
-    def __iter__(self):
-        try:
-            yield from super().__iter__()
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            reason = f"a process that prepares rows has died ({error})"
-            raise ValueError(f"{reason}: lower --dataloader_num_workers") from None
 
 
 def ignore_signals(_):
@@ -834,3 +717,28 @@ def ignore_signals(_):
 @functools.cache
 def say_once(line: str):
     print(line, file=sys.stderr, flush=True)
+
+
+def loader(dataset, batches: list, collate, workers: int, pin_memory: bool = False):
+    """Batches, prepared by worker processes that are forked, so they share the rows with this one.
+
+    They hand them over in /dev/shm, each two in advance. Where that is too small (Docker's default
+    is 64 MB) a run would hang, so this process prepares them.
+    """
+    if workers and batches and os.path.isdir("/dev/shm"):
+        samples = [dataset[batch[0]] for batch in batches[:: len(batches) // 3 + 1]]
+        largest = max((row["pixel_values"].nbytes for row in samples), default=0)
+        if 2 * workers * len(batches[0]) * largest > shutil.disk_usage("/dev/shm").free:
+            workers = 0
+            say_once("/dev/shm is too small, so rows have no workers (docker run --shm-size=8g)")
+    options = {"collate_fn": collate, "pin_memory": pin_memory, "worker_init_fn": ignore_signals}
+    if workers:
+        options |= {"num_workers": workers, "multiprocessing_context": "fork"}
+    options["generator"] = torch.Generator()  # the default would draw from dropout's
+    prepared = torch.utils.data.DataLoader(dataset, batch_sampler=batches, **options)
+    try:
+        yield from prepared
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise ValueError(f"a worker has died ({error}): lower --dataloader_num_workers") from None

@@ -67,7 +67,7 @@ def vqa_rows(questions: str, annotations: str, pictures: Pictures) -> list[dict]
         if not words or IMAGE in words:
             raise ValueError(f"{questions}: question {key} is {words!r}: remove it")
         name = f"COCO_{split}_{image:012d}.jpg"
-        found = [place for place in (name, f"{split}/{name}") if place in pictures]
+        found = [place for place in (name, f"{split}/{name}") if pictures.find(place)]
         missing += [] if found else [name]
         turns = [
             {"from": "human", "value": f"{IMAGE}\n{words}\n{SHORT_ANSWER}"},

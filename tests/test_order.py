@@ -94,7 +94,7 @@ class Rows(torch.utils.data.Dataset):
         return {
             "input_ids": torch.tensor([i]),
             "pid": os.getpid(),
-            "pixels": torch.zeros(3, 99, 99),
+            "pixel_values": torch.zeros(3, 99, 99),
         }
 
 
@@ -119,14 +119,14 @@ def test_workers_finish_whatever_the_run_is_told():
 def test_a_worker_that_dies_ends_the_run_in_one_line():
     parent = os.getpid()
     dies = Rows(lambda i: i == 3 and os.getpid() != parent and os.kill(os.getpid(), signal.SIGKILL))
-    with pytest.raises(ValueError, match="a process that prepares rows has died .*lower --data"):
+    with pytest.raises(ValueError, match="a worker has died .*lower --data"):
         list(load(dies))
 
 
 def test_little_shared_memory_means_no_workers_and_one_line(monkeypatch, capsys):
     data.say_once.cache_clear()
     usage = shutil.disk_usage("/")
-    row_bytes = 3 * 99 * 99 * 4 + 8
+    row_bytes = 3 * 99 * 99 * 4
     for free, alone in ((4 * row_bytes, False), (4 * row_bytes - 1, True)):  # two workers, two each
         monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: usage._replace(free=free))
         for _ in range(2):

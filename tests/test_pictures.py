@@ -101,9 +101,6 @@ def transparent_files():
     yield "RGB", lossless(Image.fromarray(steps[..., :3]), format="PNG", transparency=key), keyed
     one = np.where(steps[..., :1] == 85, 255, steps[..., :1]).repeat(3, 2)
     yield "L", lossless(Image.fromarray(steps[..., 0]), format="PNG", transparency=85), one
-    deep = np.where(steps[..., :1] == 85, 255, steps[..., :1]).repeat(3, 2)
-    sixteen = Image.fromarray(steps[..., 0].astype(np.uint16) * 257)
-    yield "16 bits", lossless(sixteen, format="PNG", transparency=85 * 257), deep
     bits = Image.fromarray(steps[..., 0] > 100)
     yield "1", lossless(bits, format="PNG", transparency=0), np.full((20, 30, 3), 255)
     indices = rng.integers(0, 4, (20, 30), np.uint8)
@@ -136,11 +133,10 @@ def lossless(picture, **options):
 def test_transparency_is_laid_on_white(name, file, wanted):
     picture = data.decode_picture(file)
     assert np.abs(np.asarray(picture) - wanted).max() <= 1
-    if name != "16 bits":
-        crop = {"height": 336, "width": 336}
-        processor = CLIPImageProcessor(size={"shortest_edge": 336}, crop_size=crop)
-        theirs = processor(Image.open(io.BytesIO(file)), return_tensors="np")["pixel_values"][0]
-        assert np.abs(PictureTransform(336, MEAN, STD, "square")(picture) - theirs).max() < 1e-5
+    crop = {"height": 336, "width": 336}
+    processor = CLIPImageProcessor(size={"shortest_edge": 336}, crop_size=crop)
+    theirs = processor(Image.open(io.BytesIO(file)), return_tensors="np")["pixel_values"][0]
+    assert np.abs(PictureTransform(336, MEAN, STD, "square")(picture) - theirs).max() < 1e-5
 
 
 def greys(array, kind):
@@ -247,18 +243,18 @@ PROCESSOR = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
 
 
 @pytest.mark.parametrize(
-    "content, error",
+    "content",
     [
-        (PROCESSOR, "neither do_pad nor crop_size"),
-        (PROCESSOR | {"size": {"longest_edge": 14}}, "neither do_pad nor crop_size"),
-        (PROCESSOR | {"size": {"height": 14, "width": 14}}, "neither do_pad nor crop_size"),
-        (PROCESSOR | {"crop_size": 14, "do_center_crop": False}, "neither do_pad nor crop_size"),
-        ({"size": 14}, "no preprocessor_config.json that has an image_mean"),
+        PROCESSOR,
+        PROCESSOR | {"size": {"longest_edge": 14}},
+        PROCESSOR | {"size": {"height": 14, "width": 14}},
+        PROCESSOR | {"crop_size": 14, "do_center_crop": False},
+        {"size": 14, "do_pad": True},
     ],
 )
-def test_processors_that_make_nothing_square_are_refused(tmp_path, content, error):
+def test_processors_that_make_nothing_square_are_refused(tmp_path, content):
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(content))
-    with pytest.raises((ValueError, FileNotFoundError), match=error):
+    with pytest.raises(ValueError, match="no preprocessor_config.json that has"):
         PictureTransform.from_pretrained(tmp_path)
 
 
@@ -296,7 +292,7 @@ def test_zip_is_read_as_the_folder_is(tmp_path):
             assert {name: pictures.read(name) for name in files} == files
             for name in ("./a.png", ".//a.png", "deep\\b.jpg", "deep//b.jpg", "x/../a.png"):
                 assert pictures.read(name) == files["deep/b.jpg" if "b" in name else "a.png"]
-            assert pictures.read("a.png", 10) == files["a.png"][:10] and "a.png" in pictures
+            assert pictures.read("a.png", 10) == files["a.png"][:10]
             for missing in ("c.png", "deep", "deep/", "pipe", "/dev/zero", "x" * 5000, "\0"):
                 with pytest.raises(FileNotFoundError, match="picture "):
                     pictures.read(missing)
@@ -314,9 +310,9 @@ def test_zip_is_read_as_the_folder_is(tmp_path):
         "directory.zip": whole.replace(b"PK\1\2", b"PK\1\3"),
     }.items():
         write(tmp_path / name, bytes(content))
-        with pytest.raises(ValueError, match="not a whole .zip"):
+        with pytest.raises(ValueError, match="nor a whole .zip"):
             data.Pictures(tmp_path / name)
-    with pytest.raises(FileNotFoundError, match="no such folder or .zip"):
+    with pytest.raises(ValueError, match="neither a folder nor .*No such file"):
         data.Pictures(tmp_path / "nowhere")
 
 

@@ -33,38 +33,39 @@ PART = {"type": "text", "text": "x"}
         (None, "expected a row"),
         ({}, "expected a row"),
         ({"conversations": "hello"}, "expected a row"),
+        ({"messages": []}, "expected a row"),
         ({"conversations": [1]}, "expected a row"),
-        (
-            {"conversations": [{"from": "human"}, SAID[1]]},
-            "turn 1: what is said is neither a string",
-        ),
-        (row(["a", 3]), "turn 2: what is said is neither a string"),
-        (row(["a", None]), "turn 2: what is said"),
-        (row(["a", [PART, {"type": "video"}]]), "turn 2: what is said is neither .* text or image"),
+        ({"conversations": [{"from": "human"}, SAID[1]]}, "turn 1: neither a string"),
+        (row(["a", 3]), "turn 2: neither a string"),
+        (row(["a", None]), "turn 2: neither"),
+        (row(["a", [PART, {"type": "video"}]]), "turn 2: neither .* parts of text and images"),
         (row(["hi"]), "no gpt turn"),
         ({"messages": [{"role": "assistant", "content": "x"}]}, "no gpt turn"),
         ({"conversations": [{"from": "system", "value": "x"}]}, "no gpt turn"),
-        ({"conversations": [*SAID, {"from": "tool", "value": "x"}]}, "turn 3: write who speaks"),
         (
-            {"conversations": [{"from": [], "value": "x"}]},
-            "turn 1: write who speaks, human and gpt",
+            {"conversations": [*SAID, {"from": "tool", "value": "x"}]},
+            "human and gpt .* must alternate",
         ),
-        ({"conversations": [*SAID[:1], *SAID]}, "turn 2: .* must alternate"),
-        ({"conversations": [SAID[1], *SAID[1:], *SAID]}, "turn 2: .* alternate, human first"),
-        ({"conversations": [*SAID, {"from": "system", "value": "x"}]}, "turn 3: .* alternate"),
-        ({"conversations": SAID, "system": 3}, "turn 1: what is said"),
-        (row(["hi", "yes"], image="a.png"), "1 picture.* but 0 <image>.* write one <image>"),
+        ({"conversations": [{"from": [], "value": "x"}]}, "human and gpt"),
+        ({"conversations": [*SAID[:1], *SAID]}, "human and gpt .* must alternate"),
+        ({"conversations": [SAID[1], *SAID[1:], *SAID]}, "must alternate, human first"),
+        ({"conversations": [*SAID, {"from": "system", "value": "x"}]}, "must alternate"),
+        ({"conversations": SAID, "system": 3}, "turn 1: neither"),
+        (row(["hi", "yes"], image="a.png"), "1 picture.* but 0 <image>.* write one each"),
         (row(["hi", "yes"], images=["a.png"]), "1 picture.* but 0 <image>"),
         (row([f"{IMAGE} hi", "yes"]), "0 picture.* but 1 <image>"),
         (row([f"{IMAGE}{IMAGE} hi", "yes"], image="a.png"), "1 picture.* but 2 <image>"),
         (row(["hi", f"{IMAGE} yes"], image="a.png"), "1 picture.* but 0 <image>"),
-        (row([f"{IMAGE} hi", "yes"], image=3), '"image" is 3, neither a file name nor a list'),
-        (row([f"{IMAGE} hi", "yes"], image=[None]), '"image" is None, neither'),
-        (row([f"{IMAGE} hi", "yes"], image=""), "\"image\" is '', neither"),
-        (row(["hi", "yes"], video="a.mp4"), '"video" would be ignored'),
-        (row(["hi", "yes"], audios=["a.wav"]), '"audios" would be ignored'),
-        (row(["hi", "yes"], image_path="a.png"), '"image_path" would be ignored: call it "image"'),
-        (row(["\ud800", "b"]), "turn 1: half a surrogate pair"),
+        (row([f"{IMAGE} hi", "yes"], image=3), r'"image" holds \[3\]: no file names'),
+        (row([f"{IMAGE} hi", "yes"], image=[None]), r'"image" holds \[None\]: no'),
+        (row([f"{IMAGE} hi", "yes"], image=""), "\"image\" holds .''.: no"),
+        (row(["hi", "yes"], video="a.mp4"), "'video'. would be ignored"),
+        (row(["hi", "yes"], audios=["a.wav"]), "'audios'. would be ignored"),
+        (
+            row(["hi", "yes"], image_path="a.png"),
+            "image_path.* would be ignored: pictures stand in",
+        ),
+        (row(["\ud800", "b"]), "turn 1: neither a string in UTF-8"),
     ],
 )
 def test_wrong_row_is_one_clear_error(wrong, error):
@@ -174,11 +175,9 @@ def test_records_come_back_as_they_were(tmp_path):
     [
         ("a.json", '[\n{"id": 1},\n{"id" 2}]', "a.json: line 3: not JSON"),
         ("a.jsonl", '{"id": 1}\n\n{"id"', "a.jsonl: line 3: not JSON"),
-        ("a.jsonl", b'{"id": 1}\n{"id": "\xff"}', "a.jsonl: line 2: not JSON"),
         ("a.json", '[{"id": 1},\n{}] x', "a.json: line 2: not JSON"),
         ("a.json", '{\n  "id": 1\n}', "a.json: line 1: not JSON .*in a list or one a line"),
         ("a.json", "[1,]", "not JSON"),
-        ("a.json", b'[{},\n{},\n{"id": "\xff"}]', "a.json: line 3: not JSON"),
         (
             "a.csv",
             "image,question\na.png,What?",
@@ -266,7 +265,7 @@ def test_a_long_row_loses_its_end_never_a_picture(open_rows):
         assert len(item["input_ids"]) + 575 == limit and item["cut"] == width - limit
         assert item["labels"].equal(full["labels"][: limit - 575])
     for i, limit in ((0, first), (0, 300), (1, first + 20)):
-        error = "would leave nothing to learn from" if limit == first else "would cut off a picture"
+        error = "would cut off a picture, or leave nothing to learn from: raise it"
         with pytest.raises(ValueError, match=rf"row {i} \(id .*{error}"):
             open_rows(rows, max_length=limit)[i]
         skipped = open_rows(rows, max_length=limit, on_bad_record="skip")[i]
@@ -291,7 +290,7 @@ def test_bad_row_stops_or_is_skipped_with_one_line(open_rows):
         1: "id gone.*nowhere.png",
         2: "id bad.*bad.png.*can be read",
         3: "id mute.*no gpt turn",
-        4: "id half.*no character",
+        4: "id half.*in UTF-8",
         5: "id ends.*</s>|<.im_end.>, a control string",
         6: "row 6: expected",
     }
@@ -313,12 +312,8 @@ def test_what_does_not_fit_together_is_one_clear_error(tiny, tmp_path):
     rows = write(tmp_path / "a.json", json.dumps([row([f"{IMAGE} a", "b"], image="x")]))
     with pytest.raises(ValueError, match="has pictures: say where with --image_folder"):
         open_dataset(rows, None, tiny)
-    with pytest.raises(FileNotFoundError, match="nowhere.json: no such file"):
+    with pytest.raises(FileNotFoundError, match="No such file.*nowhere.json"):
         open_dataset(tmp_path / "nowhere.json", None, tiny)
-    config, tokenizer = llava.read_config(tiny), llava.open_tokenizer(tiny)
-    config.image_token_id = 3
-    with pytest.raises(ValueError, match="<image> is .* for the tokenizer, but 3 in config.json"):
-        data.open_dataset(rows, tmp_path, tiny, config, tokenizer)
 
 
 def test_the_lines_of_the_docstring_make_a_batch(open_rows, tiny, tmp_path, monkeypatch, capsys):
@@ -334,13 +329,13 @@ def test_the_lines_of_the_docstring_make_a_batch(open_rows, tiny, tmp_path, monk
     names["tokenizer"] = llava.open_tokenizer(tiny)
     lines = data.__doc__[data.__doc__.index("One row, by hand") :].splitlines()
     exec("\n".join(line[4:] for line in lines if line.startswith("    ")), names)
-    collate = data.Collator(names["rows"].image_token_id, 576)
+    collate = data.Collator(names["dataset"].image_token_id, 576)
     by_hand = {
         "input_ids": torch.tensor(names["input_ids"]),
         "labels": torch.tensor(names["labels"]),
     }
     by_hand["pixel_values"] = torch.tensor(np.stack(names["pixel_values"]))
-    batch, same = collate([by_hand]), collate([names["rows"][0]])
+    batch, same = collate([by_hand]), collate([names["dataset"][0]])
     assert all(batch[key].equal(same[key]) for key in by_hand)
     assert names["batch"]["pixel_values"].shape == (4, 3, 336, 336)
     assert len(capsys.readouterr().out.splitlines()) == 4  # 12 rows of 8 a step, 4 at a time
@@ -402,7 +397,12 @@ def test_600_000_rows_open_fast_and_workers_stay_small(tiny, tmp_path):
         for i in range(n):
             archive.writestr(f"GCC_train_{i:09d}.jpg", picture)
     began = time.process_time()  # of this process, whatever else the machine does
-    rows = open_dataset(tmp_path / "chat.json", tmp_path / "images.zip", tiny, version="plain")
+    rows = open_dataset(
+        tmp_path / "chat.json",
+        tmp_path / "images.zip",
+        tiny,
+        text=data.ChatText(llava.open_tokenizer(tiny), "plain"),
+    )
     steps = data.plan_epoch(rows.records.lengths, rows.records.has_picture, 256, 0, 0, False)
     seconds = time.process_time() - began
     batches = data.micro_batches(steps, 1, 1, 0)[:16]
@@ -433,9 +433,12 @@ def test_damaged_json_gives_its_rows_or_one_clear_error(workdir, changes, by_lin
     whole = WHOLE_JSON if not by_line else "\n".join(map(json.dumps, json.loads(WHOLE_JSON)))
     content = damage(whole.encode(), changes)
     path = write(workdir / ("rows.jsonl" if by_line else "rows.json"), content)
-    is_list = content.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"["
+    content = (
+        content.decode("utf-8-sig", "surrogateescape").replace("\r\n", "\n").replace("\r", "\n")
+    )
+    is_list = content.lstrip()[:1] == "["
     try:
-        lines = [line for line in content.split(b"\n") if line.strip()]
+        lines = [line for line in content.split("\n") if line.strip()]
         wanted = json.loads(content) if is_list else [json.loads(line) for line in lines]
     except ValueError:
         wanted = None

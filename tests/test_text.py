@@ -295,8 +295,11 @@ DROPS_THINKING = CHATML.replace(
     "template, error",
     [
         (LLAVA_HF, "of the answer 'A1x', or does not end it: .*--version v1"),
-        (NO_PREFIX, "begins an answer otherwise than .* --version v1"),
-        (CHATML.replace("assistant\n' }}{% endif", "assistant\n ' }}{% endif"), "otherwise than"),
+        (NO_PREFIX, "begins its answer unlike .* --version v1"),
+        (
+            CHATML.replace("assistant\n' }}{% endif", "assistant\n ' }}{% endif"),
+            "begins its answer unlike",
+        ),
         (None, "no chat template: .* --version v1"),
         ("{{ messages[0].content.nothing.at_all }}", "the chat template refuses"),
         ("{{ 1 / 0 }}", "the chat template refuses"),
@@ -379,12 +382,8 @@ def test_dropped_thinking_hinders_no_prompt_and_is_named_in_training():
 def test_tokenizers_that_lack_what_is_needed_are_refused():
     bare = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1, "<|im_end|>": 2}, unk_token="<unk>"))
     bare = PreTrainedTokenizerFast(tokenizer_object=bare, eos_token="</s>", unk_token="<unk>")
-    with pytest.raises(ValueError, match="no token <image>"):
-        ChatText(bare, "v1")
     with pytest.raises(ValueError, match="or does not end it"):  # <|im_end|> is a word like others
         ChatText(with_image(bare), "chatml_direct")
-    with pytest.raises(ValueError, match="--version v7: known are plain, v1"):
-        ChatText(bare, "v7")
     slow = with_image(ByT5Tokenizer())
     with pytest.raises(ValueError, match="ByT5Tokenizer is slow"):
         ChatText(slow, "v1")

@@ -335,7 +335,7 @@ VQA_FAULTS = {
         (d / "coco/train2014/COCO_train2014_000000000004.jpg").unlink()
     ),
     "No such file.*train2014_questions.json": lambda d: (d / "train2014_questions.json").unlink(),
-    "--image_folder .*coco: no such folder or .zip": lambda d: shutil.rmtree(d / "coco"),
+    "--image_folder .*coco: neither a folder nor a whole .zip": lambda d: shutil.rmtree(d / "coco"),
     "out: exists already": lambda d: (d / "out").mkdir(),
     "0 questions to train on and 20": "--val_fraction 1",
     "20 questions to train on and 0": "--val_fraction 0.01",
