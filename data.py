@@ -343,6 +343,15 @@ class ChatText:
         ends = {i for i, after in zip(labels, [*labels[1:], IGNORE]) if after == IGNORE != i}
         self.stop_ids = sorted(ends | {self.tokenizer.eos_token_id} - {None})
 
+    def prepare(self, messages: list[dict]) -> list[dict]:
+        """The turns as they are rendered; ValueError for what this version cannot take."""
+        messages = prepare_turns(messages, self.control)
+        if self.version == "plain" and (
+            len(messages) != 2 or messages[0]["content"].count(IMAGE) != 1
+        ):
+            raise ValueError("--version plain takes one picture and one answer, in stage 1")
+        return messages
+
     def render(self, messages: list[dict], prompt: bool = False) -> str:
         """The template's text for `messages`; with `prompt` it ends where an answer begins."""
         options = {"chat_template": self.chat_template, "add_generation_prompt": prompt}
@@ -385,10 +394,8 @@ class ChatText:
 
         With `prompt` the ids end where an answer begins, and nothing has a label.
         """
-        messages = prepare_turns(messages, self.control)
+        messages = self.prepare(messages)
         if self.version == "plain":  # picture and caption: the question is left out
-            if len(messages) != 2 or messages[0]["content"].count(IMAGE) != 1:
-                raise ValueError(f"--version plain takes one picture and one answer: {ANOTHER}")
             text = IMAGE + messages[1]["content"] + "\n"
             answers = [(len(IMAGE), len(text))]
         else:
@@ -515,18 +522,18 @@ class Records:
 
     lengths       an estimate of each row's tokens, four bytes of text to one
     has_picture   whether a row has pictures
-    bad_rows      the numbers of those that are wrong
+    bad_rows      the numbers of those that are wrong, or that `prepare` (ChatText's) refuses
     """
 
-    def __init__(self, path: str | Path, tokens_per_picture: int = 576, control=None):
+    def __init__(self, path: str | Path, tokens_per_picture: int = 576, prepare=None):
         self.path, self.bad_rows = Path(path), []
         buffer, ends, lengths, pictures = bytearray(), [0], [], []
         for i, row in enumerate(read_rows(self.path)):
             messages, names = [], []
             try:
                 messages, names = parse_record(row)
-                if control:
-                    prepare_turns(messages, control)
+                if prepare:
+                    prepare(messages)
             except ValueError:  # raised again where the row is loaded
                 self.bad_rows.append(i)
             text = sum(len(message["content"].encode()) for message in messages)
@@ -630,7 +637,7 @@ def open_dataset(
     tokens_per_picture += vision.model_type == "clip_vision_model"
     tokens_per_picture -= config.vision_feature_select_strategy == "default"
     transform = PictureTransform.from_pretrained(folder, aspect_ratio)
-    records = Records(data_path, tokens_per_picture, text.control)
+    records = Records(data_path, tokens_per_picture, text.prepare)
     if records.has_picture.any() and not image_folder:
         raise ValueError(f"{data_path} has pictures: say where with --image_folder")
     pictures = Pictures(image_folder) if image_folder else None
