@@ -50,7 +50,8 @@ def open_run(out: Path, same: dict, resume: str | None) -> str:
     """
     where = f"--output_dir {out}"
     if not (out / "run.json").is_file():
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        ours = {"lock", "run.json.part"}  # of a run that was killed as it began
+        if out.exists() and (not out.is_dir() or {path.name for path in out.iterdir()} - ours):
             raise ValueError(f"{where}: not empty, and no run; name a new folder")
         if resume not in (None, "latest"):
             raise ValueError(f"{where}: no run there to resume from {resume}")
@@ -77,8 +78,9 @@ def begin(out: Path, run_id: str, same: dict, flags: dict):
     """Makes a run's folder, if it is new; keeps other runs out while the file returned is open."""
     out.mkdir(parents=True, exist_ok=True)
     file = lock(out)
-    for part in out.glob("checkpoint-*.part"):  # the run was killed while it saved
-        shutil.rmtree(part)
+    for part in out.glob("*.part"):  # the run was killed while it saved
+        if part.is_dir():
+            shutil.rmtree(part)
     if not checkpoints(out):
         shutil.rmtree(out / "best", ignore_errors=True)  # of a run that is begun anew
     run = {"format": FORMAT, "id": run_id, "same": same, "args": flags}  # report.py reads these

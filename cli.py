@@ -41,7 +41,8 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, formatter_class=HelpFormatter, **options)
 
     def error(self, message: str):
-        self.exit(2, f"{self.prog}: {message}\n")
+        first = os.environ.get("RANK", "0") == "0"  # of several processes one speaks
+        self.exit(2, f"{self.prog}: {message}\n" if first else None)
 
 
 def boolean(text: str) -> bool:

@@ -14,7 +14,9 @@ micro batches on each of `world` processes. Its loss is
 
     sum over all supervised tokens of the window / their number
 
-so any split of the same rows, and any padding, gives the same gradients. In this file: the recipe
+so any split of the same rows, and any padding, gives the same gradients (dropout aside). SIGTERM,
+SIGINT, SIGUSR1 and a file OUTPUT_DIR/stop ask a run to save after its step and to end with status 3.
+In this file: the recipe
 of each train type, the flags, the model, optimizer and schedule, the engines `Plain` and `ZeRO`,
 and `train`, the loop.
 
@@ -207,7 +209,7 @@ def contradictions(args) -> list[tuple]:
 
 
 def fill_in(args):
-    """The defaults that hang on other flags."""
+    """The defaults that depend on other flags."""
     _, published, micro, version = TRAIN_TYPES[args.train_type]
     rate = published if args.learning_rate is None else args.learning_rate
     defaults = {
@@ -258,16 +260,14 @@ def add_adapters(model, args, dtype):
 def load_model(args, source: Path, device: str, stage: int = 0):
     """The model as the flags want it: in 4 bits or not, with an adapter or not, what trains set.
 
-    For ZeRO-3 its weights stay mapped from the file, and in the file's dtype, until
-    `ZeRO.partition` takes them.
+    For ZeRO-3 its weights stay mapped from the file until `ZeRO.partition` takes them.
     """
     dtype = torch.bfloat16 if args.bf16 else torch.float32
     storage = dtype if stage == 3 else torch.uint8  # ZeRO-3 cannot partition bytes
+    kept, place = dtype, device
     if stage == 3 and args.bits == 16:
-        as_kept = None if not args.adapter else dtype, "cpu"
-    else:
-        as_kept = dtype, device
-    model = evaluate.open_model(source, args.adapter, args.bits, *as_kept, storage)
+        kept, place = (dtype if args.adapter else None), "cpu"  # None: as in the file
+    model = evaluate.open_model(source, args.adapter, args.bits, kept, place, storage)
     if args.train_type == "use_lora" and not args.adapter:
         add_adapters(model, args, dtype)
     trained = trained_whole(model, args.train_type)
@@ -293,7 +293,7 @@ def write_result(model, args, text, source: Path, state: dict, folder: Path):
         llava.save_pretrained(model, folder, source, text.chat_template, state, ratio)
         return
     folder.mkdir(parents=True, exist_ok=True)
-    llava.copy_side_files(source, folder)  # tokenizer and processor, for who has the adapter alone
+    llava.copy_side_files(source, folder)  # tokenizer and processor, for people who have it alone
     if text.chat_template:
         llava.write_template(text.chat_template, folder)
     whole, typed = trained_whole(model, args.train_type), args.model_name_or_path
@@ -304,7 +304,7 @@ def write_result(model, args, text, source: Path, state: dict, folder: Path):
 
 
 def make_optimizer(parameters: dict, args) -> torch.optim.AdamW:
-    """AdamW over {name: parameter}: a learning rate for each part, no decay but on matrices."""
+    """AdamW over {name: parameter}: a learning rate for each part, decay on matrices only."""
     rates = {
         "vision_tower": args.mm_vision_tower_lr,
         "multi_modal_projector": args.mm_projector_lr,
@@ -416,7 +416,7 @@ class Plain(evaluate.OneProcess):
         self._copy_masters()
 
 
-class ZeRO(evaluate.OneProcess):
+class ZeRO:
     """Many processes, DeepSpeed's engine inside. Each holds its share of gradients, masters and
     moments (stage 2), and of the weights too (stage 3).
 
@@ -476,7 +476,9 @@ class ZeRO(evaluate.OneProcess):
         return self.engine(*inputs)
 
     def backward(self, loss, last: bool):
-        """Sets the end of a window: DeepSpeed would divide the loss and count by itself."""
+        """DeepSpeed would divide the loss and count micro batches by itself; its `step` is called
+        after each of them, and updates after the last.
+        """
         self.engine.set_gradient_accumulation_boundary(last)
         self.engine.backward(loss, scale_wrt_gas=False)
         if not last:
@@ -495,10 +497,12 @@ class ZeRO(evaluate.OneProcess):
         for name, p in self.model.named_parameters():
             if p.requires_grad:
                 whole = self.get(name, "weight")
-                state.update({name: whole.cpu()} if self.rank == 0 else {})
+                if self.rank == 0:
+                    state[name] = whole.cpu()
             elif frozen and hasattr(p, "ds_id"):
                 with self.deepspeed.zero.GatheredParameters([p]):
-                    state.update({name: p.detach().to("cpu", copy=True)} if self.rank == 0 else {})
+                    if self.rank == 0:
+                        state[name] = p.detach().to("cpu", copy=True)
         return state
 
     def get(self, name: str, part: str):
@@ -559,8 +563,8 @@ def deepspeed_config(args) -> dict:
 
 # --- what a run is ---
 
-# Flags that may differ between a run and its continuation: nothing that is learnt hangs on them, as
-# long as a step has as many rows.
+# Flags that may differ between a run and its continuation. How the rows of a step are split is free,
+# their number is not (see below); of files the content counts; pictures are not compared.
 FREE_FLAGS = """output_dir resume_from_checkpoint dataloader_num_workers logging_steps save_steps
     save_total_limit on_bad_record per_device_eval_batch_size local_rank report_to per_device_train_batch_size
     gradient_accumulation_steps gradient_checkpointing deepspeed offload data_path
@@ -658,7 +662,8 @@ class Run:
         self.total = math.ceil(self.per_epoch * args.num_train_epochs)
         self.total = args.max_steps if args.max_steps > 0 else self.total
         report.before_step_1(self, args, stage, lora.count)
-        self.last_step = min(5, self.total) if args.dry_run else self.total  # the heaviest is first
+        tried = min(5, self.per_epoch, self.total)  # of --dry_run: the heaviest step comes first
+        self.last_step = tried if args.dry_run else self.total
         self.begin(run_id, same)
 
     def plan(self, epoch: int):
@@ -749,8 +754,8 @@ class Run:
             rows = [self.rows.records.where(i) for b in window for i in b["rows"] if i >= 0]
             raise ValueError(
                 f"step {self.progress['step'] + 1}: the loss is {loss}, the norm of the gradient "
-                f"{norm}; its records: {'; '.join(self.engine.gather(rows))}. The last checkpoint "
-                "stays"
+                f"{norm}; its records: {'; '.join(self.engine.gather(rows))}. Nothing of this step "
+                "is saved"
             )
 
     def check_learning(self):
@@ -794,7 +799,7 @@ def train(run: Run, args, signals: list) -> int:
     if run.validation and not run.resumed and not args.dry_run:
         run.validate()
     training_mode(run.model)
-    # At the step behind the warm-up the rate is above zero: there is such a step.
+    # The rate is 0 in the first step of a warm-up; at least one step must come after it.
     warmup = min(math.ceil(args.warmup_ratio * run.total), run.total - 1)
     bar = report.Progress(run.total, progress["step"], engine.rank)
     windows = run.windows(progress["step"])
@@ -808,7 +813,8 @@ def train(run: Run, args, signals: list) -> int:
         for batch in window:
             evaluate.use_or_stop(batch["faults"], args.on_bad_record)
         asked = bool(signals) or (out / "stop").exists()
-        supervised, *numbers, cut, skipped, stopping = engine.sum(*numbers_of(window), asked)
+        totals = engine.sum(*numbers_of(window), asked)
+        supervised, tokens, padded, rows, cut, skipped, stopping = totals
 
         seed_dropout(args.seed, progress["step"], engine.rank)
         sums = torch.zeros(2, dtype=torch.float64, device=run.device)  # loss, tokens right
@@ -830,11 +836,13 @@ def train(run: Run, args, signals: list) -> int:
         metrics |= {"token_accuracy": right, "grad_norm": norm}
         metrics["lr"] = max(group["lr"] for group in engine.optimizer.param_groups)
         durations.append(seconds := time.perf_counter() - began)
-        metrics |= report.speed(supervised, *numbers, seconds, waited, run.device)
+        metrics |= report.speed(supervised, tokens, padded, rows, seconds, waited, run.device)
         due = step % args.logging_steps == 0 or step == run.total
         bar.show(metrics, due)
         if due:
             run.log.step(metrics)
+        if stopping and not args.dry_run:
+            run.save()  # before an evaluation, which may outlast the grace of who asked
         eval_steps = args.eval_steps if args.eval_steps > 0 else run.per_epoch
         if run.validation and (step % eval_steps == 0 or step == run.total) and not args.dry_run:
             run.validate()
@@ -862,7 +870,7 @@ def train(run: Run, args, signals: list) -> int:
 # --- processes ---
 
 TIMEOUT = datetime.timedelta(hours=1)  # rank 0 may write for long, while the others wait
-PATIENCE_SECONDS = 4
+HEAD_START_SECONDS = 4  # rank 0 speaks first
 
 
 def start_processes(args):
@@ -881,7 +889,8 @@ def start_processes(args):
         import deepspeed
 
         warnings.filterwarnings("ignore", "`torch.distributed.all_gather_into_tensor`")  # its call
-        # gloo will do: compiling this, a run that is killed leaves a lock, and all later ones wait.
+        # Not DeepSpeed's own shared-memory library: a run that is killed while it compiles leaves a
+        # lock, at which all later runs wait. gloo is enough.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(timeout=TIMEOUT)
     elif os.environ["WORLD_SIZE"] != "1":
@@ -897,16 +906,18 @@ def as_rank(error) -> str:
     rank = int(os.environ.get("RANK", "0"))
     if rank == 0:
         return str(error)
-    time.sleep(PATIENCE_SECONDS + int(os.environ["LOCAL_RANK"]) / 4)
+    time.sleep(HEAD_START_SECONDS + 2 * int(os.environ["LOCAL_RANK"]))
     return f"rank {rank}: {error}"
 
 
 def in_words(error: Exception, args) -> str:
-    """What a user is told of an error; one that is not theirs to mend is raised again."""
-    text = str(error)
+    """What a user is told: ValueErrors, what the system says of files, lack of memory. All else is
+    raised again, with its traceback.
+    """
+    text, full = str(error), "out of memory|can't allocate memory"
     if isinstance(error, (EOFError, ConnectionError)) or "DataLoader worker" in text:
         return "a process that prepares rows has died (killed?): try --dataloader_num_workers 0"
-    if "out of memory" in text or "can't allocate memory" in text:
+    if isinstance(error, RuntimeError) and re.search(full, text):
         return f"out of memory: try {report.less_memory(args)}"
     if not isinstance(error, (ValueError, OSError, SafetensorError)):
         raise error  # a bug, or a library's
@@ -922,13 +933,14 @@ def main(argv=None):
         config = deepspeed_config(args) if args.deepspeed else None
         start_processes(args)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            handlers[number] = signal.signal(number, lambda number, _: signals.append(number))
+            handlers[number] = signal.signal(number, lambda *_: signals.append("stop"))
         torch.manual_seed(args.seed)  # of new adapters
         run, status = open_run(args, source, config), 0
         if run:
             with contextlib.closing(run.log):
                 status = train(run, args, signals)
         if dist.is_initialized():  # a rank that fails must not: NCCL would wait for the others
+            dist.barrier()  # the launcher ends all 30 s after the first has left with status 3
             dist.destroy_process_group()
         return status
     except Exception as error:
