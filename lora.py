@@ -17,7 +17,6 @@ Sources: LoRA arXiv:2106.09685, QLoRA arXiv:2305.14314, rsLoRA arXiv:2312.03732,
 https://huggingface.co/docs/peft/developer_guides/checkpoint
 """
 
-import collections
 import functools
 import hashlib
 import json
@@ -146,7 +145,6 @@ def quantize(model, target_modules, tensors, **options):
     for name, linear in linears.items():
         weight = tensors[f"{name}.weight"]
         bias = tensors[f"{name}.bias"] if linear.bias is not None else None
-        assert weight.shape == linear.weight.shape, f"{name}: {weight.shape}, {linear.weight.shape}"
         model.set_submodule(name, nf4_linear(weight, bias, **options))
     return list(linears)
 
@@ -180,12 +178,6 @@ def paths_of(target_modules, inside):
 
 def count(parameters):
     return sum(math.prod(true_shape(p)) for p in parameters)
-
-
-def fold(names):
-    """Paths in a few lines, such as "32 x model.layers.*.self_attn.q_proj"."""
-    counts = collections.Counter(re.sub(r"\d+", "*", name) for name in names)
-    return "\n".join(f"{n} x {path}" for path, n in counts.items())
 
 
 # --- the base: the files of a model folder ---

@@ -14,11 +14,13 @@ The files are in the run's folder, and `--report_to tensorboard` or `wandb` send
     log.evaluation({"step": 1, "eval_loss": 2.4, ..}, answers, dataset.records, dataset.pictures)
 """
 
+import collections
 import datetime
 import importlib.util
 import json
 import math
 import os
+import re
 import resource
 import shlex
 import shutil
@@ -43,6 +45,12 @@ def show_modules(model, count):
         trainable = count(p for p in part.parameters() if p.requires_grad)
         dtype = str(next(part.parameters()).dtype).removeprefix("torch.")
         print(f"{name:<24}{count(part.parameters()):>16,}{trainable:>16,}  {dtype}")
+
+
+def fold(names: list[str]) -> str:
+    """Paths of layers in a few lines, such as "32 x model.layers.*.self_attn.q_proj"."""
+    counts = collections.Counter(re.sub(r"\d+", "*", name) for name in names)
+    return "\n".join(f"{n} x {path}" for path, n in counts.items())
 
 
 def show_batches(micro: int, accumulation: int, world: int, rows: int, per_epoch: int, total: int):

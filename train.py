@@ -254,7 +254,7 @@ def add_adapters(model, args, dtype):
             f"--lora_target_modules {args.lora_target_modules}: matches {outside[0]}; adapters are "
             "for the decoder's layers only"
         )
-    print(lora.fold(names))
+    print(report.fold(names))
 
 
 def load_model(args, source: Path, device: str, stage: int = 0):
@@ -761,7 +761,7 @@ class Run:
     def check_learning(self):
         """At the end of the first epoch, and of all: has it learnt from anything?"""
         step, progress = self.progress["step"], self.progress
-        if step not in (self.per_epoch, self.total) or self.args.dry_run:
+        if step not in (self.per_epoch, self.total):
             return
         if progress["skipped"] + progress["cut"]:
             tqdm.write(f"{progress['skipped']} rows were skipped, {progress['cut']} cut short")
@@ -841,14 +841,16 @@ def train(run: Run, args, signals: list) -> int:
         bar.show(metrics, due)
         if due:
             run.log.step(metrics)
-        if stopping and not args.dry_run:
-            run.save()  # before an evaluation, which may outlast the grace of who asked
+        if args.dry_run:
+            continue
         eval_steps = args.eval_steps if args.eval_steps > 0 else run.per_epoch
-        if run.validation and (step % eval_steps == 0 or step == run.total) and not args.dry_run:
+        evaluates = run.validation and (step % eval_steps == 0 or step == run.total)
+        if evaluates and stopping:
+            run.save()  # first, as an evaluation may outlast the grace of who asked
+        if evaluates:
             run.validate()
         run.check_learning()
-        saves = args.save_steps > 0 and step % args.save_steps == 0
-        if (stopping or saves) and not args.dry_run:
+        if stopping or (args.save_steps > 0 and step % args.save_steps == 0):
             run.save()
 
     bar.close()

@@ -44,6 +44,7 @@ from transformers import (
 import evaluate
 import lora
 import model as llava
+import report
 
 # --- the layer ---
 
@@ -273,7 +274,7 @@ def test_hooks_keep_torchs_encoder_off_its_fast_path():
 
 def test_no_adapter_on_tower_head_or_projector():
     names = lora.inject(tiny_llava(), BLOCKS, r=2, alpha=4)
-    assert lora.fold(names).splitlines() == [
+    assert report.fold(names).splitlines() == [
         f"2 x model.language_model.layers.*.{leaf}"
         for leaf in "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj "
         "mlp.gate_proj mlp.up_proj mlp.down_proj".split()
