@@ -94,10 +94,8 @@ def report(distances, args):
             print(f"{layer}: {', '.join(shown)}")
     as_it_is = summary([choices[0] for choices in distances.values()])
     dequantized = summary([choices[-1] for choices in distances.values()])
-    print(
-        f"{args.out}: {args.model_name_or_path} with {args.adapter} merged into {len(distances)} "
-        f"layers;\ndistance from what was trained: {dequantized if args.dequantize else as_it_is}"
-    )
+    distance = dequantized if args.dequantize else as_it_is
+    print(f"{args.out}: {len(distances)} layers merged; from what was trained: {distance}")
     if any(len(choices) > 1 for choices in distances.values()):
         print(f"  without --dequantize: onto the weights as they are on disk: {as_it_is}")
         print(f"  with --dequantize: onto what 4 bits made of them, as trained: {dequantized}")

@@ -197,7 +197,7 @@ def test_the_command_says_in_one_line_how_far_it_went(pair, tmp_path, capsys):
     "flags, changes, says",
     [
         (["--dequantize"], {}, "adapter was not trained over 4 bits: leave --dequantize out"),
-        ([], {"adapter": "none"}, "none/adapter_config.json"),
+        ([], {"adapter": "none"}, "none: no adapter_config.json, so no adapter"),
         ([], {"base": "none"}, "none: no such folder here"),
         ([], {"out": "base"}, "base: exists already"),
     ],

@@ -342,7 +342,7 @@ DAMAGES = {  # what the line says > what was done to an adapter of ours
     "peft_type IA3 is not supported": lambda a: edit(a / lora.CONFIG, peft_type="IA3"),
     "adapter_config.json is not a JSON object": lambda a: (a / lora.CONFIG).write_text("{"),
     "adapter_model.safetensors is damaged": lambda a: (a / lora.WEIGHTS).write_bytes(b"123"),
-    "No such file or directory": lambda a: (a / lora.CONFIG).unlink(),
+    "no adapter_config.json, so no adapter": lambda a: (a / lora.CONFIG).unlink(),
 }
 
 

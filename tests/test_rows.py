@@ -162,7 +162,10 @@ def test_records_come_back_as_they_were(tmp_path):
         ("a.ndjson", bom + lines.replace("\n", "\r\n").encode()),
         ("b.jsonl", text),  # a list
     ):
-        records = data.Records(write(tmp_path / name, content), 576, re.compile("</s>"))
+        control = re.compile("</s>")
+        records = data.Records(
+            write(tmp_path / name, content), 576, lambda turns: data.prepare_turns(turns, control)
+        )
         assert [records[i] for i in range(len(records))] == rows
     assert records.has_picture.tolist() == [True, False, False, False, True, False]
     assert records.lengths.argsort()[::-1][:2].tolist() == [4, 0] and 576 < records.lengths[0] < 700

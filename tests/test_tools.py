@@ -170,6 +170,7 @@ def recipe(toy, tmp_path):
 
 def test_the_summary_has_the_figures_and_pasteable_commands(recipe, tmp_path, monkeypatch, capsys):
     out, kinds = recipe
+    monkeypatch.setattr(sys, "prefix", "/an/environment")  # that its user has activated
     monkeypatch.chdir(tmp_path)
     assert make_toy(["summary", "--out", str(out)]) == 0
     said = capsys.readouterr().out
