@@ -456,6 +456,13 @@ def test_a_run_of_one_step_learns(world, tmp_path):
     assert not torch.equal(before[name], after[name])
 
 
+def test_the_newest_checkpoints_are_kept(world, tmp_path):
+    flags = {"max_steps": 4, "save_steps": 1, "save_total_limit": 2}
+    assert run(world, tmp_path / "a", **flags)[0] == 0
+    kept = [path.name for path in checkpoint.checkpoints(tmp_path / "a")]
+    assert kept == ["checkpoint-3", "checkpoint-4"]
+
+
 @pytest.mark.parametrize("flag", ["max_steps", "save_total_limit", "save_steps", "eval_steps"])
 def test_zero_is_no_number_of_steps(world, tmp_path, capsys, flag):
     with pytest.raises(SystemExit):

@@ -251,6 +251,7 @@ def test_adapters_give_the_same_outputs_and_gradients():
 
 
 def test_dropout_by_index_zeros_a_share_by_chance():
+    torch.manual_seed(0)
     x, p = torch.ones(500, 1001, dtype=torch.float64), 0.05
     first, second = (fast.put_zeros(x, fast.draw_zeros(x, p)) for _ in range(2))
     assert set(first.unique().tolist()) == {0, 1} and x.all()
@@ -261,7 +262,17 @@ def test_dropout_by_index_zeros_a_share_by_chance():
     assert abs(neighbours - p**2) < 4e-4
 
 
+def test_how_many_are_dropped_varies_as_in_torchs_dropout():
+    torch.manual_seed(0)
+    x = torch.ones(1000, dtype=torch.float64)
+    for p in (0.05, 0.5):
+        dropped = [(fast.put_zeros(x, fast.draw_zeros(x, p)) == 0).sum() for _ in range(2000)]
+        variance = torch.stack(dropped).double().var().item()
+        assert variance == pytest.approx(1000 * p * (1 - p), rel=0.15)  # a binomial's
+
+
 def test_dropout_has_the_mean_and_spread_of_torchs():
+    torch.manual_seed(0)
     x, moments = torch.ones(20_000, 40, dtype=torch.float64), []
     model = adapted(nn.Linear(40, 3), dropout=0.3).double()
     for enable in (lambda model: model, fast.enable):
