@@ -780,9 +780,9 @@ def training_mode(model):
 
 def open_run(args, source: Path, config: dict | None) -> Run | None:
     """The run of these flags, or None where it is complete."""
-    out, same = Path(args.output_dir), what_must_stay(args, source)
     if args.dry_run:
-        return Run(args, source, config, "", same)
+        return Run(args, source, config, run_id="", same={})
+    out, same = Path(args.output_dir), what_must_stay(args, source)
     run_id = checkpoint.open_run(out, same, args.resume_from_checkpoint)
     if (out / "final").is_dir():
         print(f"{out}: this run is complete")

@@ -659,8 +659,16 @@ def argv_of(world, out, **flags):
     return words_of(flags)
 
 
+def called(main, argv):
+    """(exit status, standard output, error output) of a command."""
+    output, error = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(error):
+        status = main(argv)
+    return status, output.getvalue(), error.getvalue()
+
+
 def evaluated(world, out, **flags):
-    """Evaluates through main(argv); as `run`."""
+    """Evaluates through main(argv); as `called`."""
     flags = {
         "model_name_or_path": world / "llava",
         "validation_data_path": world / "rows.json",
@@ -670,19 +678,12 @@ def evaluated(world, out, **flags):
         "max_new_tokens": 4,
         "dataloader_num_workers": 0,
     } | flags
-    output, error = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(error):
-        status = evaluate.main(words_of(flags))
-    return status, output.getvalue(), error.getvalue()
+    return called(evaluate.main, words_of(flags))
 
 
 def run(world, out, **flags):
-    """Trains through main(argv) and returns (exit status, standard output, error output)."""
-    argv = argv_of(world, out, **flags)
-    output, error = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(error):
-        status = train.main(argv)
-    return status, output.getvalue(), error.getvalue()
+    """Trains through main(argv); as `called`."""
+    return called(train.main, argv_of(world, out, **flags))
 
 
 def metrics_of(out):
