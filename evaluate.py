@@ -317,6 +317,18 @@ def figures(path: Path, loss, right, tokens, answers: list[dict]) -> dict:
     return {name: sum(found) / len(found) for name, found in scores.items()}
 
 
+def options_of(args, device: str) -> dict:
+    """What `evaluate` takes of the flags, which train.py has too."""
+    return {
+        "batch_size": args.per_device_eval_batch_size,
+        "eval_samples": args.eval_samples,
+        "max_new_tokens": args.max_new_tokens,
+        "workers": args.dataloader_num_workers,
+        "on_bad_record": args.on_bad_record,
+        "device": device,
+    }
+
+
 @torch.no_grad()
 def evaluate(
     model,
@@ -394,7 +406,7 @@ def show(metrics: dict, answers: list[dict]):
 def parse(argv):
     parser = cli.Parser(description=__doc__.splitlines()[0])
     add, count = parser.add_argument_group("model").add_argument, cli.number(int, 1)
-    gpu, cores = torch.cuda.is_available(), cli.cores()
+    gpu = torch.cuda.is_available()
     add("--model_name_or_path", required=True, help="a LLaVA folder, or hub id")
     add("--adapter", help="an adapter that was trained on it")
     add("--bits", type=int, choices=[16, 4], default=16, help="4: the decoder in nf4")
@@ -406,9 +418,8 @@ def parse(argv):
     add("--image_aspect_ratio", choices=["pad", "square"], help="default: as the model's folder")
     add("--model_max_length", type=count, default=2048, help="tokens of a row, with its pictures'")
     add("--on_bad_record", choices=["stop", "skip"], default="stop", help="rows that do not work")
-    add(
-        "--dataloader_num_workers", type=cli.number(int, 0), default=min(4, cores), help="processes"
-    )
+    workers = min(4, cli.cores())
+    add("--dataloader_num_workers", type=cli.number(int, 0), default=workers, help="processes")
     add = parser.add_argument_group("evaluation").add_argument
     add("--eval_samples", type=cli.number(int, -1), default=-1, help="rows to ask about; -1: all")
     add("--max_new_tokens", type=count, default=64, help="tokens of an answer")
@@ -442,18 +453,9 @@ def main(argv=None):
     device = cli.find_device()
     dtype = torch.bfloat16 if args.bf16 else torch.float32
     model = open_model(folder, args.adapter, args.bits, dtype, device)
-    metrics, answers = evaluate(
-        model,
-        dataset,
-        OneProcess(),
-        data.Collator(model.config.image_token_id, model.tokens_per_picture),
-        batch_size=args.per_device_eval_batch_size,
-        eval_samples=args.eval_samples,
-        max_new_tokens=args.max_new_tokens,
-        workers=args.dataloader_num_workers,
-        on_bad_record=args.on_bad_record,
-        device=device,
-    )
+    collate = data.Collator(model.config.image_token_id, model.tokens_per_picture)
+    options = options_of(args, device)
+    metrics, answers = evaluate(model, dataset, OneProcess(), collate, **options)
     show(metrics, answers)
     if args.output_dir:
         with cli.written(args.output_dir) as part:

@@ -16,9 +16,6 @@ micro batches on each of `world` processes. Its loss is
 
 so any split of the same rows, and any padding, gives the same gradients (dropout aside). SIGTERM,
 SIGINT, SIGUSR1 and a file OUTPUT_DIR/stop ask a run to save after its step and to end with status 3.
-In this file: the recipe
-of each train type, the flags, the model, optimizer and schedule, the engines `Plain` and `ZeRO`,
-and `train`, the loop.
 
 With --bf16, weights and activations are bf16, gradients are added up in fp32, and what trains has
 an fp32 master copy, which the optimizer updates and checkpoints hold. Without it all is fp32.
@@ -162,50 +159,34 @@ def parse(argv) -> argparse.Namespace:
     trainers = {"True": "latest", "False": None}  # what Trainer's users write
     resume = args.resume_from_checkpoint
     args.resume_from_checkpoint = trainers.get(resume, resume)
-    for wrong, message in contradictions(args):
-        if wrong:
-            parser.error(message)
+    for message in contradictions(args):
+        parser.error(message)
     fill_in(args)
     return args
 
 
-def contradictions(args) -> list[tuple]:
-    """(whether it is so, what to say of it) of flags that would train something else in silence."""
+def contradictions(args):
+    """What to say of flags that would train something else in silence."""
     new_adapter = args.train_type == "use_lora" and not args.adapter
     for_new = [f"--{name}" for name in NEW_ADAPTER if getattr(args, name) is not None]
     empty = [f"--{name}" for name, value in vars(args).items() if value == ""]
-    return [
-        (empty, f"{' '.join(empty)} is empty: leave it out"),
-        (
-            for_new and not new_adapter,
-            f"{' '.join(for_new)} is for a new adapter (--train_type use_lora without --adapter): leave it out",
-        ),
-        (
-            args.train_type != "use_lora" and (args.bits == 4 or args.adapter),
-            f"--train_type {args.train_type} trains the base: --bits 4 and --adapter are for "
-            "use_lora",
-        ),
-        (
-            args.image_aspect_ratio and args.train_type == "use_lora",
-            "--image_aspect_ratio: an adapter sees pictures as its base does: leave it out",
-        ),
-        (
-            args.early_stopping_patience and not args.validation_data_path,
-            "--early_stopping_patience needs --validation_data_path",
-        ),
-        (
-            args.offload != "none" and not args.deepspeed,
-            f"--offload {args.offload} needs --deepspeed ds_zero2.json, or ds_zero3.json",
-        ),
-        (
-            args.deepspeed and not report.is_installed("deepspeed"),
-            "--deepspeed needs the package deepspeed, which is for Linux: leave it out",
-        ),
-        (
-            args.report_to != "none" and not report.is_installed(args.report_to),
-            f"--report_to {args.report_to}: not installed, `pip install {args.report_to}`",
-        ),
-    ]
+    if empty:
+        yield f"{' '.join(empty)} is empty: leave it out"
+    if for_new and not new_adapter:
+        only = "a new adapter (--train_type use_lora without --adapter)"
+        yield f"{' '.join(for_new)} is for {only}: leave it out"
+    if args.train_type != "use_lora" and (args.bits == 4 or args.adapter):
+        yield f"--train_type {args.train_type} trains the base: --bits 4 and --adapter are for use_lora"
+    if args.train_type == "use_lora" and args.image_aspect_ratio:
+        yield "--image_aspect_ratio: an adapter sees pictures as its base does: leave it out"
+    if args.early_stopping_patience and not args.validation_data_path:
+        yield "--early_stopping_patience needs --validation_data_path"
+    if args.offload != "none" and not args.deepspeed:
+        yield f"--offload {args.offload} needs --deepspeed ds_zero2.json, or ds_zero3.json"
+    if args.deepspeed and not report.is_installed("deepspeed"):
+        yield "--deepspeed needs the package deepspeed, which is for Linux: leave it out"
+    if args.report_to != "none" and not report.is_installed(args.report_to):
+        yield f"--report_to {args.report_to}: not installed, `pip install {args.report_to}`"
 
 
 def fill_in(args):
@@ -245,15 +226,12 @@ def add_adapters(model, args, dtype):
     for word in args.lora_target_modules.split(","):
         if word.isidentifier() and not any(name.endswith(f".{word}") for name in names):
             known = sorted({name.rpartition(".")[2] for name in names})
-            raise ValueError(
-                f"--lora_target_modules: {word} is no layer of the decoder, as {known}"
-            )
+            fault = f"{word} is no layer of the decoder, as {known}"
+            raise ValueError(f"--lora_target_modules: {fault}")
     outside = [name for name in names if not re.fullmatch(llava.DECODER, name)]
     if outside:
-        raise ValueError(
-            f"--lora_target_modules {args.lora_target_modules}: matches {outside[0]}; adapters are "
-            "for the decoder's layers only"
-        )
+        where = f"--lora_target_modules {args.lora_target_modules}: matches {outside[0]}"
+        raise ValueError(f"{where}; adapters are for the decoder's layers only")
     print(report.fold(names))
 
 
@@ -274,10 +252,8 @@ def load_model(args, source: Path, device: str, stage: int = 0):
     for name, p in model.named_parameters():
         trains = name.startswith(trained) or ".lora." in name
         if args.adapter and p.requires_grad and not trains:
-            raise ValueError(
-                f"--adapter {args.adapter}: trains {name} whole, which is not kept here: merge it, "
-                "and train a new adapter on that"
-            )
+            advice = "merge it, and train a new adapter on that"
+            raise ValueError(f"--adapter {args.adapter}: it trains {name} whole; {advice}")
         p.requires_grad_(trains)
     if args.gradient_checkpointing:
         decoder = model.language_model  # of its layers the inputs alone are kept
@@ -312,18 +288,12 @@ def make_optimizer(parameters: dict, args) -> torch.optim.AdamW:
     }
     groups = {}
     for name, p in parameters.items():
+        part = name.split(".")[0]
         is_matrix = len(lora.true_shape(p)) > 1  # ZeRO-3 leaves none of a weight's dimensions
-        groups.setdefault((name.split(".")[0], is_matrix), []).append(p)
-    described = [
-        {
-            "params": params,
-            "lr": rates[part],
-            "base_lr": rates[part],
-            "weight_decay": args.weight_decay * is_matrix,
-        }
-        for (part, is_matrix), params in groups.items()
-    ]
-    return torch.optim.AdamW(described, betas=(0.9, 0.999), eps=1e-8, fused=True)
+        new = {"params": [], "lr": rates[part], "base_lr": rates[part]}
+        new["weight_decay"] = args.weight_decay * is_matrix
+        groups.setdefault((part, is_matrix), new)["params"].append(p)
+    return torch.optim.AdamW(list(groups.values()), betas=(0.9, 0.999), eps=1e-8, fused=True)
 
 
 def schedule(step: int, total_steps: int, warmup_steps: int, kind: str) -> float:
@@ -552,10 +522,8 @@ def deepspeed_config(args) -> dict:
     if zero.get("stage") not in (2, 3):
         raise ValueError(f"{where}: zero_optimization needs a stage, 2 or 3")
     if args.offload == "all" and zero["stage"] == 2:
-        raise ValueError(
-            f"--offload all: {args.deepspeed} is ZeRO-2, which partitions no weights; use "
-            "ds_zero3.json, or --offload optimizer"
-        )
+        advice = "use ds_zero3.json, or --offload optimizer"
+        raise ValueError(f"--offload all: {where} is ZeRO-2, which splits no weights; {advice}")
     memory = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     zero |= {section: memory for section in OFFLOADED[args.offload]}
     return config | flags | {"zero_optimization": zero, "bf16": {"enabled": args.bf16}}
@@ -598,17 +566,9 @@ def open_rows(args, path: str | None, source: Path, text):
     if path is None:
         return None
     config = llava.read_config(source)
-    rows = data.open_dataset(
-        path,
-        args.image_folder,
-        source,
-        config,
-        text.tokenizer,
-        aspect_ratio=args.image_aspect_ratio,
-        max_length=args.model_max_length,
-        on_bad_record="skip",
-        text=text,
-    )
+    options = {"aspect_ratio": args.image_aspect_ratio, "text": text}
+    options |= {"max_length": args.model_max_length, "on_bad_record": "skip"}
+    rows = data.open_dataset(path, args.image_folder, source, config, text.tokenizer, **options)
     limit = getattr(config.text_config, "max_position_embeddings", math.inf)
     if min(rows.records.lengths.max(), args.model_max_length) > limit:  # the lengths are estimates
         print(f"{path}: rows longer than the {limit:,} positions that the language model learnt")
@@ -691,36 +651,25 @@ class Run:
 
     def windows(self, step: int):
         """This rank's micro batches of each optimizer step from `step` on, epoch after epoch."""
-        accumulation, workers = (
-            self.args.gradient_accumulation_steps,
-            self.args.dataloader_num_workers,
-        )
-        world, rank, pin_memory = self.engine.world, self.engine.rank, self.device == "cuda"
+        args, engine, pin_memory = self.args, self.engine, self.device == "cuda"
+        accumulation, workers = args.gradient_accumulation_steps, args.dataloader_num_workers
+        share = accumulation, engine.world, engine.rank
         epoch, start = divmod(step, self.per_epoch)
         while True:
-            micro = data.micro_batches(self.plan(epoch), accumulation, world, rank, start)
+            micro = data.micro_batches(self.plan(epoch), *share, start)
             batches = iter(data.loader(self.rows, micro, self.collate, workers, pin_memory))
             yield from zip(*[batches] * accumulation)  # as many at a time
             epoch, start = epoch + 1, 0
 
     def validate(self):
-        args, rows = self.args, self.validation
+        rows, step = self.validation, self.progress["step"]
+        options = evaluate.options_of(self.args, self.device)
         metrics, answers = evaluate.evaluate(
-            self.model,
-            rows,
-            self.engine,
-            self.collate,
-            batch_size=args.per_device_eval_batch_size,
-            eval_samples=args.eval_samples,
-            max_new_tokens=args.max_new_tokens,
-            workers=args.dataloader_num_workers,
-            on_bad_record=args.on_bad_record,
-            device=self.device,
-            step=self.progress["step"],
+            self.model, rows, self.engine, self.collate, **options, step=step
         )
         evaluate.show(metrics, answers)
         self.log.evaluation(metrics, answers, rows.records, rows.pictures)
-        self.progress["evaluations"].append([self.progress["step"], metrics["eval_loss"]])
+        self.progress["evaluations"].append([step, metrics["eval_loss"]])
         if self.since_best() == 0:
             self.keep("best")
         training_mode(self.model)
@@ -752,11 +701,10 @@ class Run:
         """Stops all ranks, before anything is saved, and names the records of the window."""
         if not math.isfinite(loss + norm):
             rows = [self.rows.records.where(i) for b in window for i in b["rows"] if i >= 0]
-            raise ValueError(
-                f"step {self.progress['step'] + 1}: the loss is {loss}, the norm of the gradient "
-                f"{norm}; its records: {'; '.join(self.engine.gather(rows))}. Nothing of this step "
-                "is saved"
-            )
+            found = f"the loss is {loss}, the norm of the gradient {norm}"
+            records = "; ".join(self.engine.gather(rows))
+            step = self.progress["step"] + 1
+            raise ValueError(f"step {step}: {found}; not saved; its records: {records}")
 
     def check_learning(self):
         """At the end of the first epoch, and of all: has it learnt from anything?"""
@@ -766,10 +714,10 @@ class Run:
         if progress["skipped"] + progress["cut"]:
             tqdm.write(f"{progress['skipped']} rows were skipped, {progress['cut']} cut short")
         if not progress["supervised"]:
-            raise ValueError(
-                f"{self.args.data_path}: after {step} steps the model has learnt from no token, as "
-                "no row could be used: `python check.py` says why"
+            fault = (
+                f"after {step} steps the model has learnt from no token, as no row could be used"
             )
+            raise ValueError(f"{self.args.data_path}: {fault}: `python check.py` says why")
 
 
 def training_mode(model):
@@ -832,9 +780,9 @@ def train(run: Run, args, signals: list) -> int:
         step = progress["step"] = progress["step"] + 1
         for name, number in (("supervised", supervised), ("cut", cut), ("skipped", skipped)):
             progress[name] += int(number)
-        metrics = {"step": step, "epoch": step / run.per_epoch, "loss": loss}
+        lr = max(group["lr"] for group in engine.optimizer.param_groups)
+        metrics = {"step": step, "epoch": step / run.per_epoch, "loss": loss, "lr": lr}
         metrics |= {"token_accuracy": right, "grad_norm": norm}
-        metrics["lr"] = max(group["lr"] for group in engine.optimizer.param_groups)
         durations.append(seconds := time.perf_counter() - began)
         metrics |= report.speed(supervised, tokens, padded, rows, seconds, waited, run.device)
         due = step % args.logging_steps == 0 or step == run.total
