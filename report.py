@@ -500,11 +500,10 @@ def last_words(flags: dict, step: int, total_steps: int, evaluations: list):
     print(f"done after step {step}{early}:\n  {out}/final")
     folder = out / "final"
     if losses:
-        print(
-            f"best at step {evaluations[best][0]}: validation loss {losses[best]:.4f}, "
-            f"{losses[0] - losses[best]:.4f} below the first,\n"
-            f"{losses[-1] - losses[best]:.4f} below the last"
-        )
+        reached = f"best at step {evaluations[best][0]}: validation loss {losses[best]:.4f}"
+        gains = {"first": losses[0] - losses[best], "last": losses[-1] - losses[best]}
+        better = [f"{gain:.4f} below the {end}" for end, gain in gains.items() if gain]
+        print(f"{reached}, " + ",\n".join(better) if better else reached)
         if (out / "best").is_dir():
             print(f"  {out}/best")
             folder = out / "best" if evaluations[best][0] < step else folder

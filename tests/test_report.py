@@ -326,3 +326,5 @@ def test_a_best_that_was_removed_is_not_announced(tmp_path, capsys):
         assert "best at step 2: validation loss 1.0000, 2.0000 below the first" in printed
         assert (f"{tmp_path}/best" in printed) == there != (f"path {tmp_path}/final" in printed)
         shutil.rmtree(tmp_path / "best", ignore_errors=True)
+    report.last_words(flags, 4, 4, [[0, 3.0], [4, 2.0]])
+    assert "below the last" not in capsys.readouterr().out  # which is the best
