@@ -275,7 +275,8 @@ def test_every_run_sh_line_of_the_readme_starts_what_it_says(shell, tmp_path):
 
 
 def readme_commands():
-    text = (HERE / "README.md").read_text().replace("\\\n", " ")
+    text = (HERE / "README.md").read_text() + (HERE / "bench.md").read_text()
+    text = text.replace("\\\n", " ")
     return [
         line.split(None, 1) for line in re.findall(r"^    ((?:python|deepspeed) .*)$", text, re.M)
     ]
