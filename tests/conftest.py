@@ -64,6 +64,7 @@ from toy import CHATML
 from toy import main as make_toy
 
 HERE = Path(train.__file__).parent
+torch.set_num_threads(1)  # sums in one order: processes and this one agree to the bit
 
 
 def pytest_configure(config):
@@ -737,7 +738,6 @@ def be_rank(rank, ranks, jobs, limit_bytes=None):
     """
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
     os.environ["TORCH_EXTENSIONS_DIR"] = os.devnull  # nothing is compiled: killed, it leaves a lock
-    torch.set_num_threads(1)
     if limit_bytes:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, limit_bytes))
     for i, (port, argv, report) in enumerate(jobs, 1):

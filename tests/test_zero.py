@@ -67,7 +67,7 @@ def one_process(world, tmp_path_factory):
 
 @contextlib.contextmanager
 def rounding_like_a_rank(stage):
-    """In bf16 a sum's order shows. A rank has one thread. Under ZeRO-3 each module gets tensors of its
+    """In bf16 a sum's order shows. Under ZeRO-3 each module gets tensors of its
     own, so that their gradients meet in another order, and linear layers round before the bias, too.
     """
     from deepspeed.runtime.zero.linear import zero3_linear_wrap
@@ -75,15 +75,12 @@ def rounding_like_a_rank(stage):
     def own(module, inputs):
         return tuple(x.view_as(x) if torch.is_tensor(x) else x for x in inputs)
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as stack:
         if stage == 3:
             patch.setattr(torch.nn.functional, "linear", zero3_linear_wrap)
             hook = torch.nn.modules.module.register_module_forward_pre_hook(own)
             stack.callback(hook.remove)
         yield
-    torch.set_num_threads(threads)
 
 
 # Stage, offload, ranks, train type, accumulation, bf16.
