@@ -25,6 +25,7 @@ keys name the weights) and
 """
 
 import fcntl
+import hashlib
 import json
 import re
 import secrets
@@ -40,6 +41,29 @@ FORMAT = 2  # 1 was torch's and DeepSpeed's own files
 
 
 # --- a run's folder ---
+
+# Flags of train.py that may differ between a run and its continuation. How the rows of a step are
+# split is free, their number is not; of files the content counts; pictures are not compared.
+FREE_FLAGS = """output_dir resume_from_checkpoint dataloader_num_workers logging_steps save_steps
+    save_total_limit on_bad_record per_device_eval_batch_size local_rank report_to data_path
+    validation_data_path image_folder per_device_train_batch_size gradient_accumulation_steps
+    gradient_checkpointing deepspeed offload dry_run eval_samples max_new_tokens""".split()
+
+
+def what_must_stay(flags: dict, rows_a_step: int, base: str) -> dict:
+    """{name in messages: value} of all that makes a run what it is; `base` is a fingerprint."""
+    same = {f"--{name}": value for name, value in flags.items() if name not in FREE_FLAGS}
+    for name in ("model_name_or_path", "adapter"):
+        same[f"--{name}"] = flags[name] and str(Path(flags[name]).resolve())
+    same["--per_device_train_batch_size x accumulation x processes"] = rows_a_step
+    same["a base (its weights)"] = base
+    for name in ("data_path", "validation_data_path"):
+        path = flags[name]
+        if path and not Path(path).is_file():
+            raise FileNotFoundError(f"--{name} {path}: no such file")
+        digest = hashlib.sha256(Path(path).read_bytes()).hexdigest() if path else None
+        same[f"the rows of {name}"] = digest
+    return same
 
 
 def open_run(out: Path, same: dict, resume: str | None) -> str:

@@ -66,6 +66,11 @@ def number(kind: type, low, high=math.inf):
     return parse
 
 
+def count_or_off(text: str) -> int:
+    """An argument type: a number from 1, or -1."""
+    return -1 if text == "-1" else number(int, 1)(text)
+
+
 def one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 

@@ -22,7 +22,7 @@ kind figures of its own; `answers`, ten people's to its only question, gives the
     collate = data.Collator(model.config.image_token_id, model.tokens_per_picture)
     options = dict(eval_samples=-1, max_new_tokens=64, workers=0, on_bad_record="stop")
     metrics, answers = evaluate(
-        model, dataset, OneProcess(), collate, batch_size=16, device="cpu", **options)
+        model, dataset, engines.OneProcess(), collate, batch_size=16, device="cpu", **options)
 
 Source: the VQA score is that of github.com/GT-Vision-Lab/VQA, vqaEval.py, to the letter.
 """
@@ -46,6 +46,7 @@ from tqdm import tqdm
 
 import cli
 import data
+import engines
 import lora
 import model as llava
 
@@ -60,20 +61,6 @@ def open_model(
     if adapter:
         lora.load(model, adapter, folder, llava.transformers_name)
     return model
-
-
-class OneProcess:
-    """What an evaluation asks of an engine; of one process, whose numbers are all there are."""
-
-    rank, world = 0, 1
-
-    def sum(self, *numbers):
-        """Each number, added up over all processes."""
-        return numbers
-
-    def gather(self, items: list) -> list:
-        """The lists of all processes, as one."""
-        return items
 
 
 # --- the VQA score ---
@@ -455,7 +442,7 @@ def main(argv=None):
     model = open_model(folder, args.adapter, args.bits, dtype, device)
     collate = data.Collator(model.config.image_token_id, model.tokens_per_picture)
     options = options_of(args, device)
-    metrics, answers = evaluate(model, dataset, OneProcess(), collate, **options)
+    metrics, answers = evaluate(model, dataset, engines.OneProcess(), collate, **options)
     show(metrics, answers)
     if args.output_dir:
         with cli.written(args.output_dir) as part:

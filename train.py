@@ -26,33 +26,28 @@ transformers/optimization.py, ZeRO (arXiv:1910.02054).
 
 import argparse
 import contextlib
-import datetime
 import functools
-import hashlib
 import math
 import os
 import re
 import signal
-import socket
 import sys
 import time
-import traceback
-import warnings
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
-from safetensors import SafetensorError
 from tqdm import tqdm
 
 import checkpoint
 import cli
 import data
+import engines
 import evaluate
 import fast
 import lora
 import model as llava
+import ranks
 import report
 
 # --- the recipe of each train type ---
@@ -65,6 +60,11 @@ TRAIN_TYPES = {
     "full": (["vision_tower", "multi_modal_projector", "language_model"], 2e-5, 16, "own"),
     "use_lora": (["multi_modal_projector"], 2e-4, 16, "own"),
 }
+SCHEDULES = {  # after the warm-up: the share of the learning rate, by the share of steps done
+    "cosine": lambda done: 0.5 * (1 + math.cos(math.pi * done)),
+    "linear": lambda done: 1 - done,
+    "constant": lambda done: 1.0,
+}
 LORA_PROJECTOR_LR = 2e-5  # published too: the projector has learnt already, the adapters have not
 NEW_ADAPTER = {
     "lora_r": 128,
@@ -73,24 +73,15 @@ NEW_ADAPTER = {
     "lora_target_modules": llava.DECODER,
     "use_rslora": False,
 }
-OFFLOADED = {
-    "none": [],
-    "optimizer": ["offload_optimizer"],
-    "all": ["offload_optimizer", "offload_param"],
-}
 
 
 # --- the flags ---
 
 
-def count_or_off(text: str) -> int:
-    return -1 if text == "-1" else cli.number(int, 1)(text)
-
-
 def parse(argv) -> argparse.Namespace:
     parser = cli.Parser(description=__doc__.splitlines()[0])
     number, count, rate = cli.number, cli.number(int, 1), cli.number(float, 0, 1e3)
-    gpu, cores = torch.cuda.is_available(), cli.cores()
+    count_or_off, gpu = cli.count_or_off, torch.cuda.is_available()
     group = parser.add_argument_group
 
     add = group("model and data").add_argument
@@ -122,8 +113,7 @@ def parse(argv) -> argparse.Namespace:
     add("--learning_rate", type=rate, help="default: LLaVA-1.5's for the train type")
     add("--mm_projector_lr", type=rate, help="default: the same; with use_lora 2e-5")
     add("--mm_vision_tower_lr", type=rate, help="default: the same")
-    schedules = ["cosine", "linear", "constant"]
-    add("--lr_scheduler_type", choices=schedules, default="cosine", help="after the warm-up")
+    add("--lr_scheduler_type", choices=list(SCHEDULES), default="cosine", help="after the warm-up")
     add("--warmup_ratio", type=number(float, 0, 1), default=0.03, help="share of all steps")
     add("--weight_decay", type=rate, default=0.0, help="AdamW's, on matrices only")
     add("--max_grad_norm", type=number(float, 0), default=1.0, help="of clipping; 0: none")
@@ -134,10 +124,19 @@ def parse(argv) -> argparse.Namespace:
     add("--bf16", **cli.BOOLEAN, default=gpu, help="else fp32; default where there is a GPU")
     add("--tf32", **cli.BOOLEAN, default=False, help="fp32 products of matrices in TensorFloat-32")
     add("--gradient_checkpointing", **cli.BOOLEAN, help="default: on, but not in stage 1")
-    add("--dataloader_num_workers", type=number(int, 0), default=min(4, cores), help="processes")
+    add(
+        "--dataloader_num_workers",
+        type=number(int, 0),
+        default=min(4, cli.cores()),
+        help="processes",
+    )
     add("--deepspeed", help="ds_zero2.json or ds_zero3.json, under the deepspeed launcher")
-    help_ = "to the host's memory: the optimizer, or (ZeRO-3) the weights too"
-    add("--offload", choices=list(OFFLOADED), default="none", help=help_)
+    add(
+        "--offload",
+        choices=list(engines.OFFLOADED),
+        default="none",
+        help="to the host; all: ZeRO-3",
+    )
     add("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher's
     add("--dry_run", **cli.BOOLEAN, default=False, help="measure memory and time, write nothing")
 
@@ -149,16 +148,13 @@ def parse(argv) -> argparse.Namespace:
     add("--max_new_tokens", type=count, default=64, help="tokens of an answer")
     add("--save_steps", type=count_or_off, default=500, help="steps between; -1: none")
     add("--save_total_limit", type=count_or_off, default=2, help="checkpoints kept; -1: all")
-    help_ = "a checkpoint, or latest, which begins where there is none"
-    add("--resume_from_checkpoint", nargs="?", const="latest", help=help_)
+    add("--resume_from_checkpoint", nargs="?", const="latest", help="a checkpoint, or latest")
     add("--logging_steps", type=count, default=1, help="steps between lines of metrics.jsonl")
-    trackers = list(report.TRACKERS)
-    add("--report_to", choices=trackers, default="none", help="figures, answers and pictures, too")
+    add("--report_to", choices=list(report.TRACKERS), default="none", help="a tracker, too")
 
     args = parser.parse_args(argv)
-    trainers = {"True": "latest", "False": None}  # what Trainer's users write
-    resume = args.resume_from_checkpoint
-    args.resume_from_checkpoint = trainers.get(resume, resume)
+    if args.resume_from_checkpoint in ("True", "False"):  # what Trainer's users write
+        args.resume_from_checkpoint = {"True": "latest"}.get(args.resume_from_checkpoint)
     for message in contradictions(args):
         parser.error(message)
     fill_in(args)
@@ -296,269 +292,28 @@ def make_optimizer(parameters: dict, args) -> torch.optim.AdamW:
     return torch.optim.AdamW(list(groups.values()), betas=(0.9, 0.999), eps=1e-8, fused=True)
 
 
+def open_engine(model, args, config: dict | None):
+    """What the loop steps with; config is that of --deepspeed, which many processes need."""
+    maker = functools.partial(make_optimizer, args=args)
+    if config:
+        return engines.ZeRO(model, maker, config)
+    return engines.Plain(model, maker, args.max_grad_norm)
+
+
 def schedule(step: int, total_steps: int, warmup_steps: int, kind: str) -> float:
     """The factor on the learning rates at `step`, from 0: linear warm-up, then as `kind` says."""
     if step < warmup_steps:
         return step / warmup_steps
-    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
-    factors = {"cosine": 0.5 * (1 + math.cos(math.pi * progress)), "linear": 1 - progress}
-    return factors.get(kind, 1.0)
-
-
-def set_learning_rates(optimizer, factor: float):
-    for group in optimizer.param_groups:
-        group["lr"] = group["base_lr"] * factor
-
-
-def make_moments(adamw, weights):
-    """AdamW would make them in its first step; a checkpoint is put into them before that."""
-    for p in weights:
-        adamw.state[p] = {
-            "step": torch.zeros((), device=p.device),
-            "exp_avg": torch.zeros_like(p),
-            "exp_avg_sq": torch.zeros_like(p),
-        }
-
-
-# --- engines: plain torch or DeepSpeed, by the same calls ---
-
-
-class Plain(evaluate.OneProcess):
-    """Does in plain torch what DeepSpeed does: fp32 gradients and masters of bf16 weights."""
-
-    def __init__(self, model, args):
-        self.model, self.max_grad_norm = model, args.max_grad_norm or math.inf  # 0: no clipping
-        self.weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.trained = {
-            name: p if p.dtype == torch.float32 else p.detach().float()
-            for name, p in self.weights.items()
-        }  # the masters
-        self.optimizer = make_optimizer(self.trained, args)
-        make_moments(self.optimizer, self.trained.values())
-        for name, p in self.weights.items():
-            if p is not self.trained[name]:
-                p.register_post_accumulate_grad_hook(
-                    functools.partial(self._collect, self.trained[name])
-                )
-
-    @staticmethod
-    def _collect(master, p):
-        """Adds a bf16 gradient to its fp32 sum as soon as it is complete, and frees it."""
-        master.grad = p.grad.float() if master.grad is None else master.grad.add_(p.grad)
-        p.grad = None
-
-    def forward(self, *inputs):
-        return self.model(*inputs)
-
-    def backward(self, loss, last: bool):
-        loss.backward()
-
-    def step(self, factor: float) -> float:
-        """One update at `factor` times the learning rates; the gradient's norm before clipping."""
-        set_learning_rates(self.optimizer, factor)
-        norm = torch.nn.utils.clip_grad_norm_(self.trained.values(), self.max_grad_norm).item()
-        if math.isfinite(norm):
-            self.optimizer.step()
-            self._copy_masters()
-        self.optimizer.zero_grad()
-        return norm
-
-    @torch.no_grad()
-    def _copy_masters(self):
-        for name, p in self.weights.items():
-            if p is not self.trained[name]:
-                p.copy_(self.trained[name])
-
-    def state(self, frozen: bool = True) -> dict:
-        """{name: fp32 tensor} of all that trains."""
-        return {name: master.detach() for name, master in self.trained.items()}
-
-    def get(self, name: str, part: str):
-        master = self.trained[name]
-        return master.detach() if part == "weight" else self.optimizer.state[master][part]
-
-    def put(self, name: str, part: str, value):
-        self.get(name, part).copy_(value)
-
-    def refresh(self, step: int):
-        for state in self.optimizer.state.values():
-            state["step"].fill_(step)
-        self._copy_masters()
-
-
-class ZeRO:
-    """Many processes, DeepSpeed's engine inside. Each holds its share of gradients, masters and
-    moments (stage 2), and of the weights too (stage 3).
-
-    NOTE: where names are DeepSpeed's private ones a comment says so; they are those of 0.19.8.
-    """
-
-    def __init__(self, model, args, config: dict):
-        import deepspeed
-
-        self.model, self.deepspeed = model, deepspeed
-        self.stage = config["zero_optimization"]["stage"]
-        if self.stage == 3:
-            self.partition(config, torch.bfloat16 if args.bf16 else torch.float32)
-        self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.engine, *_ = deepspeed.initialize(
-            model=model, optimizer=make_optimizer(self.trained, args), config=config
-        )
-        self.optimizer = self.engine.optimizer
-        self.rank, self.world = dist.get_rank(), dist.get_world_size()
-        make_moments(self.optimizer.optimizer, self._masters())
-        if self.stage == 2:  # it would link moments with weights after the first group's first step
-            self.optimizer._lazy_init_hp_params_optimizer_state()  # private
-
-    def _masters(self) -> list:
-        """The flat tensors that this rank's AdamW updates, one or several for each of its groups."""
-        if self.stage == 2:
-            return self.optimizer.single_partition_of_fp32_groups  # private
-        return self.optimizer.fp32_partitioned_groups_flat  # private
-
-    def partition(self, config: dict, dtype):
-        """Partitions the weights among the ranks, one weight at a time.
-
-        NOTE: `initialize` alone would move the whole model to every device and broadcast that of
-        rank 0 over it. One weight at a time is copied here, just before it is partitioned, so all
-        ranks of a machine share the pages of the file.
-        """
-        for module in reversed(list(self.model.modules())):  # children first
-            for p in module.parameters(recurse=False):
-                if not hasattr(p, "ds_id"):
-                    p.data = p.data.clone() if lora.is_nf4(p) else p.data.to(dtype, copy=True)
-            if any(not hasattr(p, "ds_id") for p in module.parameters()):
-                self.deepspeed.zero.Init(module=module, config_dict_or_path=config)
-        for buffer in self.model.buffers():
-            buffer.data = buffer.data.to("cuda" if torch.cuda.is_available() else "cpu")
-
-    def sum(self, *numbers):
-        total = torch.tensor(numbers, dtype=torch.float64, device=self.engine.device)
-        dist.all_reduce(total)
-        return total.tolist()
-
-    def gather(self, rows: list) -> list:
-        shares = [None] * self.world
-        dist.all_gather_object(shares, rows)
-        return [row for share in shares for row in share]
-
-    def forward(self, *inputs):
-        return self.engine(*inputs)
-
-    def backward(self, loss, last: bool):
-        """DeepSpeed would divide the loss and count micro batches by itself; its `step` is called
-        after each of them, and updates after the last.
-        """
-        self.engine.set_gradient_accumulation_boundary(last)
-        self.engine.backward(loss, scale_wrt_gas=False)
-        if not last:
-            self.engine.step()
-
-    def step(self, factor: float) -> float:
-        set_learning_rates(self.optimizer, factor)
-        self.engine.step()
-        return float(self.engine.get_global_grad_norm())
-
-    def state(self, frozen: bool = True) -> dict:
-        """As Plain's, gathered weight by weight, whole on rank 0 and empty elsewhere; with the
-        `frozen` ones where stage 3 has partitioned these too.
-        """
-        state = {}
-        for name, p in self.model.named_parameters():
-            if p.requires_grad:
-                whole = self.get(name, "weight")
-                if self.rank == 0:
-                    state[name] = whole.cpu()
-            elif frozen and hasattr(p, "ds_id"):
-                with self.deepspeed.zero.GatheredParameters([p]):
-                    if self.rank == 0:
-                        state[name] = p.detach().to("cpu", copy=True)
-        return state
-
-    def get(self, name: str, part: str):
-        utils, p = self.deepspeed.utils, self.trained[name]
-        if part == "weight":
-            return utils.safe_get_full_fp32_param(p)
-        return utils.safe_get_full_optimizer_state(p, part)
-
-    def put(self, name: str, part: str, value):
-        p, key = self.trained[name], None if part == "weight" else part
-        if self.stage == 2:
-            p.set_full_hp_param(value, key)  # private
-            return
-        # safe_set_full_... would want a size that the number of ranks divides.
-        size = p.ds_tensor.numel()  # private; of this rank's share, the last one is padded
-        share = value.flatten()[size * self.rank : size * (self.rank + 1)]
-        share = torch.nn.functional.pad(share, (0, size - len(share)))
-        self.optimizer.set_local_hp_param(share, p, key)  # private
-
-    def refresh(self, step: int):
-        for state in self.optimizer.optimizer.state.values():
-            state["step"].fill_(step)
-        if self.stage == 2:
-            self.optimizer.update_lp_params()  # private
-            return
-        self.optimizer.checkpoint_event_prologue()  # private
-        for i in range(len(self._masters())):
-            self.optimizer._reassign_or_swap_out_partitioned_parameters(i)  # private
-        self.optimizer.checkpoint_event_epilogue()  # private
-
-
-def deepspeed_config(args) -> dict:
-    """The file of --deepspeed and, from the flags, what it must leave to them."""
-    where = f"--deepspeed {args.deepspeed}"
-    if not Path(args.deepspeed).is_file():
-        raise FileNotFoundError(f"{where}: no such file")
-    config = llava.read_json(Path(args.deepspeed))
-    zero = config.get("zero_optimization", {})
-    flags = {
-        "train_micro_batch_size_per_gpu": args.per_device_train_batch_size,
-        "gradient_accumulation_steps": args.gradient_accumulation_steps,
-        "gradient_clipping": args.max_grad_norm,
-    }
-    decided = {*flags, "train_batch_size", "optimizer", "scheduler", "fp16"} & config.keys()
-    if decided:
-        raise ValueError(f"{where}: remove {min(decided)}, the flags decide it")
-    if zero.get("stage") not in (2, 3):
-        raise ValueError(f"{where}: zero_optimization needs a stage, 2 or 3")
-    if args.offload == "all" and zero["stage"] == 2:
-        advice = "use ds_zero3.json, or --offload optimizer"
-        raise ValueError(f"--offload all: {where} is ZeRO-2, which splits no weights; {advice}")
-    memory = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
-    zero |= {section: memory for section in OFFLOADED[args.offload]}
-    return config | flags | {"zero_optimization": zero, "bf16": {"enabled": args.bf16}}
+    return SCHEDULES[kind]((step - warmup_steps) / max(1, total_steps - warmup_steps))
 
 
 # --- what a run is ---
-
-# Flags that may differ between a run and its continuation. How the rows of a step are split is free,
-# their number is not (see below); of files the content counts; pictures are not compared.
-FREE_FLAGS = """output_dir resume_from_checkpoint dataloader_num_workers logging_steps save_steps
-    save_total_limit on_bad_record per_device_eval_batch_size local_rank report_to per_device_train_batch_size
-    gradient_accumulation_steps gradient_checkpointing deepspeed offload data_path
-    validation_data_path image_folder dry_run eval_samples max_new_tokens""".split()
 
 
 def rows_a_step(args) -> int:
     """The rows of a global batch."""
     rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
     return rows * int(os.environ["WORLD_SIZE"])
-
-
-def what_must_stay(args, source: Path) -> dict:
-    """{name in messages: value} of all that makes a run what it is."""
-    same = {f"--{name}": value for name, value in vars(args).items() if name not in FREE_FLAGS}
-    same["--model_name_or_path"] = str(source.resolve())
-    same["--adapter"] = args.adapter and str(Path(args.adapter).resolve())
-    same["--per_device_train_batch_size x accumulation x processes"] = rows_a_step(args)
-    same["a base (its weights)"] = lora.base_fingerprint(source, llava.transformers_name)
-    for name in ("data_path", "validation_data_path"):
-        path = getattr(args, name)
-        if path and not Path(path).is_file():
-            raise FileNotFoundError(f"--{name} {path}: no such file")
-        digest = hashlib.sha256(Path(path).read_bytes()).hexdigest() if path else None
-        same[f"the rows of {name}"] = digest
-    return same
 
 
 def open_rows(args, path: str | None, source: Path, text):
@@ -617,7 +372,7 @@ class Run:
         self.model = load_model(args, source, self.device, stage)
         image_token_id = self.model.config.image_token_id
         self.collate = data.Collator(image_token_id, self.model.tokens_per_picture)
-        self.engine = ZeRO(self.model, args, config) if config else Plain(self.model, args)
+        self.engine = open_engine(self.model, args, config)
         self.per_epoch = len(self.plan(0))  # steps
         self.total = math.ceil(self.per_epoch * args.num_train_epochs)
         self.total = args.max_steps if args.max_steps > 0 else self.total
@@ -636,7 +391,7 @@ class Run:
     def begin(self, run_id: str, same: dict):
         self.progress = {"run": run_id, "step": 0, "supervised": 0, "skipped": 0, "cut": 0}
         self.progress["evaluations"] = []  # step and loss of each
-        self.resumed, self.log, args = False, report.Silent(), self.args
+        self.log, args = report.Silent(), self.args
         if args.dry_run:
             return
         if self.engine.rank == 0:
@@ -644,10 +399,9 @@ class Run:
             (self.out / "stop").unlink(missing_ok=True)  # an earlier run's
         if args.resume_from_checkpoint:
             found = checkpoint.load(self.engine, self.out, args.resume_from_checkpoint, run_id)
-            self.resumed, self.progress = found is not None, found or self.progress
+            self.progress = found or self.progress
         if self.engine.rank == 0:
-            step = self.progress["step"] if self.resumed else -1
-            self.log = report.Log(self.out, run_id, step, vars(args))
+            self.log = report.Log(self.out, run_id, self.progress["step"] or -1, vars(args))
 
     def windows(self, step: int):
         """This rank's micro batches of each optimizer step from `step` on, epoch after epoch."""
@@ -663,10 +417,8 @@ class Run:
 
     def validate(self):
         rows, step = self.validation, self.progress["step"]
-        options = evaluate.options_of(self.args, self.device)
-        metrics, answers = evaluate.evaluate(
-            self.model, rows, self.engine, self.collate, **options, step=step
-        )
+        options = evaluate.options_of(self.args, self.device) | {"step": step}
+        metrics, answers = evaluate.evaluate(self.model, rows, self.engine, self.collate, **options)
         evaluate.show(metrics, answers)
         self.log.evaluation(metrics, answers, rows.records, rows.pictures)
         self.progress["evaluations"].append([step, metrics["eval_loss"]])
@@ -730,7 +482,9 @@ def open_run(args, source: Path, config: dict | None) -> Run | None:
     """The run of these flags, or None where it is complete."""
     if args.dry_run:
         return Run(args, source, config, run_id="", same={})
-    out, same = Path(args.output_dir), what_must_stay(args, source)
+    out, base = Path(args.output_dir), lora.base_fingerprint(source, llava.transformers_name)
+    flags = vars(args) | {"model_name_or_path": source}
+    same = checkpoint.what_must_stay(flags, rows_a_step(args), base)
     run_id = checkpoint.open_run(out, same, args.resume_from_checkpoint)
     if (out / "final").is_dir():
         print(f"{out}: this run is complete")
@@ -744,7 +498,7 @@ def train(run: Run, args, signals: list) -> int:
     """
     out, engine, progress, stopping, durations = run.out, run.engine, run.progress, False, []
     patience = args.early_stopping_patience or math.inf
-    if run.validation and not run.resumed and not args.dry_run:
+    if run.validation and not progress["step"] and not args.dry_run:
         run.validate()
     training_mode(run.model)
     # The rate is 0 in the first step of a warm-up; at least one step must come after it.
@@ -817,61 +571,7 @@ def train(run: Run, args, signals: list) -> int:
     return 0
 
 
-# --- processes ---
-
-TIMEOUT = datetime.timedelta(hours=1)  # rank 0 may write for long, while the others wait
-HEAD_START_SECONDS = 4  # rank 0 speaks first
-
-
-def start_processes(args):
-    """Sets up this process, and joins the launcher's others; without a launcher it is alone."""
-    with socket.socket() as free:  # a port that no other run on this machine has
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
-    alone |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    for name, value in alone.items():
-        os.environ.setdefault(name, value)
-    torch.backends.cuda.matmul.allow_tf32 = args.tf32
-    if cli.find_device() == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    if args.deepspeed:
-        import deepspeed
-
-        warnings.filterwarnings("ignore", "`torch.distributed.all_gather_into_tensor`")  # its call
-        # Not DeepSpeed's own shared-memory library: a run that is killed while it compiles leaves a
-        # lock, at which all later runs wait. gloo is enough.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        deepspeed.init_distributed(timeout=TIMEOUT)
-    elif os.environ["WORLD_SIZE"] != "1":
-        raise ValueError("many processes need --deepspeed ds_zero2.json, or ds_zero3.json")
-    if os.environ["RANK"] != "0":
-        sys.stdout = open(os.devnull, "w")  # the first one speaks for all
-
-
-def as_rank(error) -> str:
-    """What a rank that fails says. What is wrong for all is rank 0's to say: it ends the others
-    before they speak, see `end_rank`.
-    """
-    rank = int(os.environ.get("RANK", "0"))
-    if rank == 0:
-        return str(error)
-    time.sleep(HEAD_START_SECONDS + 2 * int(os.environ["LOCAL_RANK"]))
-    return f"rank {rank}: {error}"
-
-
-def in_words(error: Exception, args) -> str:
-    """What a user is told: ValueErrors, what the system says of files, lack of memory. All else is
-    raised again, with its traceback.
-    """
-    text, full = str(error), "out of memory|can't allocate memory"
-    if isinstance(error, (EOFError, ConnectionError)) or "DataLoader worker" in text:
-        return "a process that prepares rows has died (killed?): try --dataloader_num_workers 0"
-    if isinstance(error, RuntimeError) and re.search(full, text):
-        return f"out of memory: try {report.less_memory(args)}"
-    if not isinstance(error, (ValueError, OSError, SafetensorError)):
-        raise error  # a bug, or a library's
-    return text
+# --- the command ---
 
 
 @cli.command
@@ -880,68 +580,26 @@ def main(argv=None):
     try:
         # Before the processes meet: one may download for longer than the others would wait.
         source = llava.resolve(args.model_name_or_path)
-        config = deepspeed_config(args) if args.deepspeed else None
-        start_processes(args)
+        config = engines.deepspeed_config(args) if args.deepspeed else None
+        ranks.join(bool(args.deepspeed))
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             handlers[number] = signal.signal(number, lambda *_: signals.append("stop"))
+        torch.backends.cuda.matmul.allow_tf32 = args.tf32
         torch.manual_seed(args.seed)  # of new adapters
         run, status = open_run(args, source, config), 0
         if run:
             with contextlib.closing(run.log):
                 status = train(run, args, signals)
-        if dist.is_initialized():  # a rank that fails must not: NCCL would wait for the others
-            dist.barrier()  # the launcher ends all 30 s after the first has left with status 3
-            dist.destroy_process_group()
+        ranks.leave()
         return status
     except Exception as error:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's raises for each worker that dies
-        raise ValueError(as_rank(in_words(error, args))) from None
+        text = ranks.in_words(error, report.less_memory(args))
+        raise ValueError(ranks.as_rank(text)) from None
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
 
 
-def program_of(pid: int) -> bytes:
-    """What a process runs, without its flags; nothing where it has ended."""
-    with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0--")[0]
-    return b""
-
-
-def end_rank(status: int):
-    """Ends this process; one that failed ends the other ranks of its machine, too.
-
-    Those may wait for it in a collective for ever. The launcher would send them SIGTERM, which is a
-    wish to save and stop here, and wait for 30 seconds.
-    """
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if status != 2:
-        sys.exit(status)
-    siblings = Path(f"/proc/{os.getppid()}/task").glob("*/children")
-    pids = [int(pid) for file in siblings for pid in file.read_text().split()]
-    mine = program_of(os.getpid())
-    ranks = [pid for pid in pids if pid != os.getpid() and program_of(pid) == mine]
-    if os.fork() == 0:  # outlives this process, whose status the launcher is to see first
-        time.sleep(1)
-        for pid in ranks:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-    os._exit(2)  # no teardown: NCCL's would wait for the others
-
-
-def be_a_rank():
-    """main() as one of several processes."""
-    try:
-        status = main()
-    except Exception as error:
-        traceback.print_exc()
-        print(f"train.py: {as_rank(f'{type(error).__name__}: {error}')}", file=sys.stderr)
-        status = 2
-    end_rank(status)
-
-
 if __name__ == "__main__":
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        be_a_rank()
-    sys.exit(main())
+    sys.exit(ranks.run(main))

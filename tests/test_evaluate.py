@@ -20,7 +20,8 @@ import data
 import evaluate
 import model as llava
 import train
-from evaluate import OneProcess, vqa_accuracy
+from engines import OneProcess
+from evaluate import vqa_accuracy
 
 
 def opened(world, rows, **options):

@@ -37,7 +37,7 @@ def test_memory_is_what_torch_holds_between_steps(world):
     model = llava.from_pretrained(world / "llava", torch.bfloat16)
     model.vision_tower.requires_grad_(False)
     args = parsed("freeze_vision", "--bf16", "True")
-    engine = train.Plain(model, args)
+    engine = train.open_engine(model, args, None)
     batch = torch.tensor([[5, 6, 7]]), torch.zeros(0, 3, 28, 28), torch.tensor([[5, 6, 7]])
     engine.backward(engine.forward(*batch)[0], True)
 

@@ -30,6 +30,7 @@ from transformers import (
 )
 
 import data
+import engines
 import model as llava
 import train
 from data import ChatText, PictureTransform
@@ -162,7 +163,7 @@ def test_bf16_keeps_fp32_masters_and_sums(world):
     args = parsed("projector")
     for name, p in model.named_parameters():
         p.requires_grad_(name == "multi_modal_projector.linear_1.weight")
-    engine = train.Plain(model, args)
+    engine = train.open_engine(model, args, None)
     weight = model.multi_modal_projector.linear_1.weight
     for _ in range(300):  # bf16 alone would stop at 256 + 1 = 256
         engine.backward(weight.float().sum(), last=False)
@@ -384,7 +385,9 @@ def test_deepspeed_files_leave_the_batch_to_the_flags(tmp_path):
     for stage in (2, 3):
         file = HERE / f"ds_zero{stage}.json"
         assert "auto" not in file.read_text()
-        config = train.deepspeed_config(parsed("full", "--bf16", "True", "--deepspeed", str(file)))
+        config = engines.deepspeed_config(
+            parsed("full", "--bf16", "True", "--deepspeed", str(file))
+        )
         assert (
             config["gradient_clipping"] == 1.0
             and config["bf16"]["enabled"]
@@ -395,12 +398,12 @@ def test_deepspeed_files_leave_the_batch_to_the_flags(tmp_path):
         assert "scheduler" not in config
         assert json.loads(file.read_text())["bf16"] == {"enabled": True}
         looser = parsed("full", "--max_grad_norm", "3", "--deepspeed", str(file))
-        assert train.deepspeed_config(looser)["gradient_clipping"] == 3
+        assert engines.deepspeed_config(looser)["gradient_clipping"] == 3
         (tmp_path / "bad.json").write_text(
             json.dumps({**json.loads(file.read_text()), "gradient_clipping": 2})
         )
         with pytest.raises(ValueError, match="gradient_clipping"):
-            train.deepspeed_config(
+            engines.deepspeed_config(
                 parsed("full", "--bf16", "True", "--deepspeed", str(tmp_path / "bad.json"))
             )
 

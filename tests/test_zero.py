@@ -42,7 +42,9 @@ from conftest import (
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 import checkpoint
+import engines
 import model as llava
+import ranks
 import train
 from build import build
 
@@ -170,8 +172,8 @@ def be_measured(rank, ranks, port, argv, at_start, loaded, report):
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     args = train.parse(argv)
-    config = train.deepspeed_config(args)
-    train.start_processes(args)
+    config = engines.deepspeed_config(args)
+    ranks.join(bool(args.deepspeed))
     stage = config["zero_optimization"]["stage"]
     config["zero_optimization"]["reduce_bucket_size"] = (
         10**6
@@ -179,7 +181,7 @@ def be_measured(rank, ranks, port, argv, at_start, loaded, report):
     for _ in ("measured before", "go"):
         at_start.wait(100)
     model = train.load_model(args, Path(args.model_name_or_path), "cpu", stage)
-    engine = train.ZeRO(model, args, config)
+    engine = train.open_engine(model, args, config)
     torch.distributed.barrier()
     loaded.set()
     size = model.config.vision_config.image_size
@@ -358,7 +360,7 @@ def test_a_rank_that_fails_ends_the_launch(world, tmp_path, kind, says):
     limits = {1: 20_000} if kind == "disk" else {}
     statuses, output = launch(world, tmp_path / "a", 2, limits, target, **flags)
     spoke = max((tmp_path / f"a-{rank}.txt").stat().st_mtime for rank in range(2))
-    assert time.time() - spoke + train.HEAD_START_SECONDS + 1 < 15
+    assert time.time() - spoke + ranks.HEAD_START_SECONDS + 1 < 15
     (line,) = [line for line in output.splitlines() if line.startswith("train.py: ")]
     assert says in line and sorted(statuses) == [-signal.SIGKILL, 2], output
     assert ("Traceback" in output) == (kind == "exception")
