@@ -149,7 +149,7 @@ def make_adapter(folder: Path, out: Path):
     model = llava.from_pretrained(folder)
     lora.inject(model, llava.DECODER, **LORA)
     model.multi_modal_projector.requires_grad_(True)
-    lora.save(model, out, folder, llava.transformers_name, ["multi_modal_projector"])
+    lora.save(model, out, None, llava.transformers_name, ["multi_modal_projector"])
 
 
 def flags_of(job: dict) -> list[str]:

@@ -59,7 +59,9 @@ def open_model(
     quantize = functools.partial(lora.quantize, compute_dtype=dtype or torch.float32, **options)
     model = llava.from_pretrained(folder, dtype, device, quantize if bits == 4 else None)
     if adapter:
-        lora.load(model, adapter, folder, llava.transformers_name)
+        lora.load(
+            model, adapter, llava.open_weights(llava.resolve(folder)), llava.transformers_name
+        )
     return model
 
 

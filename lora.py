@@ -17,7 +17,6 @@ Sources: LoRA arXiv:2106.09685, QLoRA arXiv:2305.14314, rsLoRA arXiv:2312.03732,
 https://huggingface.co/docs/peft/developer_guides/checkpoint
 """
 
-import functools
 import hashlib
 import json
 import logging
@@ -180,50 +179,10 @@ def count(parameters):
     return sum(math.prod(true_shape(p)) for p in parameters)
 
 
-# --- the base: the files of a model folder ---
+# --- the base, as {name: tensor} ---
 #
 # `rename`, from here on, maps the path of a module or tensor to the path that PEFT sees, where they
 # differ. It rewrites only a prefix, and is idempotent. (`str` changes nothing.)
-
-
-def read_json(file):
-    try:
-        return dict(json.loads(file.read_text()))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{file} is not a JSON object: {error}") from None
-
-
-def weight_files(folder):
-    """The file, or the shards of its index, that transformers reads; others there do not count."""
-    single = Path(folder) / "model.safetensors"
-    index = Path(folder) / "model.safetensors.index.json"
-    if single.is_file():
-        return [single]
-    if not index.is_file():
-        raise FileNotFoundError(f"{folder} has neither {single.name} nor {index.name}")
-    return [Path(folder) / name for name in sorted(set(read_json(index)["weight_map"].values()))]
-
-
-def read_tensors(file):
-    try:
-        return load_file(file)
-    except SafetensorError as error:
-        raise ValueError(f"{file} is damaged: {error}") from None
-
-
-def write_tensors(tensors, file):
-    file.touch()
-    mode = file.stat().st_mode  # the umask's; safetensors makes files private
-    save_file(tensors, file, metadata={"format": "pt"})
-    file.chmod(mode)
-
-
-def read_folder(folder):
-    """{name: tensor} of a model folder, mapped from its files: read from disk when touched."""
-    config = Path(folder) / "config.json"
-    if config.is_file() and read_json(config).get("quantization_config"):
-        raise ValueError(f"{config}: quantization_config: a base has to be in 16 or 32 bits here")
-    return {k: v for file in weight_files(folder) for k, v in read_tensors(file).items()}
 
 
 def fingerprint(tensors, rename=str):
@@ -240,12 +199,6 @@ def fingerprint(tensors, rename=str):
             rows = tensor[[0, len(tensor) // 2, -1]]
             digest.update(rows.float().cpu().numpy().tobytes())
     return digest.hexdigest()
-
-
-@functools.cache
-def base_fingerprint(folder, rename=str):
-    """The fingerprint of a model folder, computed once: every checkpoint of a run records it."""
-    return fingerprint(read_folder(folder), rename)
 
 
 def ends_with(path, end):
@@ -283,6 +236,27 @@ SUPPORTED = {
 }
 
 
+def read_json(file):
+    try:
+        return dict(json.loads(file.read_text()))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{file} is not a JSON object: {error}") from None
+
+
+def read_tensors(file):
+    try:
+        return load_file(file)
+    except SafetensorError as error:
+        raise ValueError(f"{file} is damaged: {error}") from None
+
+
+def write_tensors(tensors, file):
+    file.touch()
+    mode = file.stat().st_mode  # the umask's; safetensors makes files private
+    save_file(tensors, file, metadata={"format": "pt"})
+    file.chmod(mode)
+
+
 def is_inside(path, modules):
     return path.startswith(tuple(f"{module}." for module in modules))
 
@@ -310,9 +284,9 @@ def options_of(model):
 def save(model, out, base=None, rename=str, modules_to_save=(), tensors=None, base_name=None):
     """Writes all that trains, in fp32, as an adapter: a folder with a config and the weights.
 
-    base: the folder of the base model, to record its fingerprint; base_name: what its user calls
-    it, a hub's id perhaps. modules_to_save: the paths of the modules that train whole. tensors:
-    {parameter name: tensor} to write instead of the model's own.
+    base is the fingerprint of the base model, base_name what its user calls it. modules_to_save are
+    the paths of the modules that train whole, tensors {parameter name: tensor} is written in place
+    of the model's own.
     """
     modules_to_save = [rename(module) for module in modules_to_save]
     keys = adapter_keys(model, rename, modules_to_save)
@@ -334,14 +308,14 @@ def save(model, out, base=None, rename=str, modules_to_save=(), tensors=None, ba
     config = {
         "peft_type": "LORA",
         "task_type": None,
-        "base_model_name_or_path": base_name or (base and str(base)),
+        "base_model_name_or_path": base_name,
         "target_modules": [key.removesuffix(A_KEY) for key in tensors if key.endswith(A_KEY)],
         "modules_to_save": modules_to_save or None,
         **options_of(model),
         "bias": "none",
         # The rest is ours; PEFT passes over it.
         "quantized": [rename(name) for name, p in model.named_parameters() if is_nf4(p)],
-        "base_fingerprint": base and base_fingerprint(base, rename),
+        "base_fingerprint": base,
     }
     (out / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
 
@@ -401,30 +375,28 @@ def check_keys(tensors, shapes, config, folder):
 
 
 def read_adapter(folder, base=None, rename=str, model=None):
-    """(config, {key less the prefix: tensor}) of an adapter for a base: a folder, a model or both.
-
-    Raises ValueError unless the adapter has just the keys and shapes that its base asks for.
+    """(config, {key less the prefix: tensor}) of an adapter for a base: {name: tensor} as on disk, a
+    model, or both. Raises ValueError unless it has just the keys and shapes that its base asks for.
     """
-    folder, on_disk = Path(folder), read_folder(base) if base else {}
+    folder, base = Path(folder), base or {}
     if not (folder / CONFIG).is_file():
-        where = (
-            f"; there is one in {folder / 'final'}" if (folder / "final" / CONFIG).is_file() else ""
-        )
+        final = folder / "final"
+        where = f"; there is one in {final}" if (final / CONFIG).is_file() else ""
         raise FileNotFoundError(f"--adapter {folder}: no {CONFIG}, so no adapter{where}")
     config = read_config(folder / CONFIG)
     parameters = dict(model.named_parameters()) if model else {}
-    shapes = base_shapes({**parameters, **on_disk}, rename)
+    shapes = base_shapes({**parameters, **base}, rename)
     config["modules_to_save"] = whole_paths(config["modules_to_save"], shapes, folder / CONFIG)
     tensors = read_tensors(folder / WEIGHTS)
     tensors = {rename(key.removeprefix(PREFIX)): tensor for key, tensor in tensors.items()}
     check_keys(tensors, shapes, config, folder)
     if not any(key.endswith(A_KEY) for key in tensors):
         raise ValueError(f"{folder / WEIGHTS}: no adapter of any layer in it")
-    known = config.get("base_fingerprint")
-    if base and known and known != fingerprint(on_disk, rename):
+    known, name = config.get("base_fingerprint"), config.get("base_model_name_or_path", "its base")
+    if base and known and known != fingerprint(base, rename):
+        advice = f"{name}, as it was before any adapter was merged into it"
         raise ValueError(
-            f"{folder} was trained on other weights than those of {base}: on "
-            f"{config['base_model_name_or_path']}, as it was before any adapter was merged into it"
+            f"{folder} was trained on other weights than those of this base: on {advice}"
         )
     return config, tensors
 
@@ -433,10 +405,10 @@ def load(model, adapter, base=None, rename=str, dtype=None):
     """Names of the parameters that an adapter, ours or PEFT's, has filled.
 
     Leaves the model as `save` found it: adapters and modules_to_save train, the rest is frozen.
-    dtype is that of A and B, as in `inject`: files have fp32.
-    base is the folder that the model is from, if any; an adapter trained on another is refused.
-    What the adapter has for parts of that folder that the model leaves out, since they are never
-    run, goes to `model.unused_adapter`, from where `save` takes it.
+    dtype is that of A and B, as in `inject`: files have fp32. base is {name: tensor} of the files
+    that the model is from; an adapter that was trained on others is refused, and what it has for
+    parts of them that the model leaves out goes to `model.unused_adapter`, from where `save` takes
+    it.
     """
     config, tensors = read_adapter(adapter, base, rename, model)
     layers = [name for name, _ in model.named_modules() if rename(name) + A_KEY in tensors]

@@ -39,6 +39,15 @@ def merge_weight(weight, A, B, scale, quantized):
     return choices, [((w.float() - trained).norm() / trained.norm()).item() for w in choices]
 
 
+def check_base(base):
+    file = base / "config.json"
+    if file.is_file() and model.read_json(file).get("quantization_config"):
+        raise ValueError(f"{file}: quantization_config: a base has to be in 16 or 32 bits here")
+    first = model.weight_files(base)[0]
+    if first.suffix == ".bin":
+        raise ValueError(f"{first}: only safetensors are merged: save the base in that format")
+
+
 def merge(base, adapter, out, rename=str, dequantize=False):
     """Writes the folder `out`: `base` with `adapter` merged into it, in the dtypes of `base`.
 
@@ -47,14 +56,15 @@ def merge(base, adapter, out, rename=str, dequantize=False):
     written, if the adapter is not for this base.
     """
     base, adapter, out = Path(base), Path(adapter), Path(out)
-    config, tensors = lora.read_adapter(adapter, base, rename)
+    check_base(base)
+    config, tensors = lora.read_adapter(adapter, model.open_weights(base), rename)
     if dequantize and not config["quantized"]:
         raise ValueError(f"{adapter} was not trained over 4 bits: leave --dequantize out")
     scale = lora.scaling(config["r"], config["lora_alpha"], config["use_rslora"])
     distances = {}
     out.mkdir(parents=True)
-    for file in lora.weight_files(base):
-        merged = lora.read_tensors(file)
+    for file in model.weight_files(base):
+        merged = model.open_weight_file(file)
         for name, weight in merged.items():
             path = rename(name)
             layer, quantized = path.removesuffix(".weight"), path in config["quantized"]

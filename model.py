@@ -301,14 +301,17 @@ def open_weights(folder: Path) -> dict:
     """{name: tensor} of a folder's weights, mapped from its files: read when they are used."""
     tensors = {}
     for path in weight_files(folder):
-        try:
-            if path.suffix == ".safetensors":
-                tensors |= safetensors.torch.load_file(path)
-            else:
-                tensors |= torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except Exception as error:  # both raise nearly anything
-            raise ValueError(f"{path}: missing, damaged, or no weights ({error})") from None
+        tensors |= open_weight_file(path)
     return tensors
+
+
+def open_weight_file(path: Path) -> dict:
+    try:
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # both raise nearly anything
+        raise ValueError(f"{path}: missing, damaged, or no weights ({error})") from None
 
 
 class EmptyOnMeta(torch.overrides.TorchFunctionMode):

@@ -258,6 +258,11 @@ def load_model(args, source: Path, device: str, stage: int = 0):
     return fast.enable(model)  # without this line all numbers are the same, only slower
 
 
+@functools.cache
+def base_fingerprint(source: Path) -> str:
+    return lora.fingerprint(llava.open_weights(source), llava.transformers_name)
+
+
 def write_result(model, args, text, source: Path, state: dict, folder: Path):
     """What was trained, in a folder: an adapter in PEFT's format, or else a whole model."""
     if args.train_type != "use_lora":  # `plain` is for training only: it is no folder's template
@@ -269,7 +274,8 @@ def write_result(model, args, text, source: Path, state: dict, folder: Path):
     if text.chat_template:
         llava.write_template(text.chat_template, folder)
     whole, typed = trained_whole(model, args.train_type), args.model_name_or_path
-    lora.save(model, folder, source, llava.transformers_name, whole, state, typed)
+    base = base_fingerprint(source)
+    lora.save(model, folder, base, llava.transformers_name, whole, state, typed)
 
 
 # --- optimizer and schedule ---
@@ -482,9 +488,8 @@ def open_run(args, source: Path, config: dict | None) -> Run | None:
     """The run of these flags, or None where it is complete."""
     if args.dry_run:
         return Run(args, source, config, run_id="", same={})
-    out, base = Path(args.output_dir), lora.base_fingerprint(source, llava.transformers_name)
-    flags = vars(args) | {"model_name_or_path": source}
-    same = checkpoint.what_must_stay(flags, rows_a_step(args), base)
+    out, flags = Path(args.output_dir), vars(args) | {"model_name_or_path": source}
+    same = checkpoint.what_must_stay(flags, rows_a_step(args), base_fingerprint(source))
     run_id = checkpoint.open_run(out, same, args.resume_from_checkpoint)
     if (out / "final").is_dir():
         print(f"{out}: this run is complete")

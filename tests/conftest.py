@@ -567,9 +567,13 @@ def adapt(model, seed=0, train_projector=True, **options):
     return names
 
 
+def fingerprint_of(folder):
+    return lora.fingerprint(llava.open_weights(folder), llava.transformers_name)
+
+
 def saved(model, out, base=None, **options):
     options = {"rename": llava.transformers_name, "modules_to_save": [PROJECTOR]} | options
-    lora.save(model, out, base, **options)
+    lora.save(model, out, base and fingerprint_of(base), **options)
     return out
 
 

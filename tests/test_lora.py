@@ -473,7 +473,7 @@ def test_the_fingerprint_survives_dtype_shards_and_spelling(tmp_path):
     base.save_pretrained(tmp_path / "b", max_shard_size="100KB")
     old_llava_folder(tmp_path / "a", tmp_path / "c")
     base.float().save_pretrained(tmp_path / "d")
-    folders = [lora.read_folder(tmp_path / name) for name in "abcd"]
+    folders = [llava.open_weights(tmp_path / name) for name in "abcd"]
     prints = {lora.fingerprint(tensors, llava.transformers_name) for tensors in folders}
     assert len(list((tmp_path / "b").glob("*.safetensors"))) > 2
     assert prints == {lora.fingerprint(dict(base.named_parameters()))}

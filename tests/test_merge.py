@@ -17,6 +17,7 @@ from conftest import (
     adapt,
     close,
     edit,
+    fingerprint_of,
     logits_of,
     metrics_of,
     old_llava_folder,
@@ -32,6 +33,7 @@ from transformers import LlavaForConditionalGeneration
 import data
 import lora
 import model as llava
+from evaluate import open_model
 from merge import main, merge
 
 
@@ -60,12 +62,12 @@ def test_merged_equals_adapted(kind, tmp_path):
     model = LlavaForConditionalGeneration.from_pretrained(base)
     adapt(model)
     saved(model, adapter, base)
-    before = lora.fingerprint(lora.read_folder(base))
+    before = fingerprint_of(base)
     merge(base, adapter, out, llava.transformers_name)
     assert {p.name for p in base.iterdir()} == {p.name for p in out.iterdir()}
     merged = LlavaForConditionalGeneration.from_pretrained(out)
     close(logits_of(merged), logits_of(model), 1e-5)
-    assert lora.fingerprint(lora.read_folder(base)) == before
+    assert fingerprint_of(base) == before
     assert not list(tmp_path.glob("*.part"))
 
 
@@ -81,7 +83,7 @@ def test_merge_keeps_the_dtype(tmp_path):
     assert (tmp_path / "out/model.safetensors").stat().st_mode == (
         tmp_path / "any file"
     ).stat().st_mode
-    a, b = (lora.read_folder(tmp_path / f) for f in ("base", "out"))
+    a, b = (llava.open_weights(tmp_path / f) for f in ("base", "out"))
     assert a.keys() == b.keys() and {t.dtype for t in b.values()} == {torch.bfloat16}
     changed = {llava.transformers_name(k) for k in a if not torch.equal(a[k], b[k])}
     assert len(changed) == 14 + 4  # blocks, projector
@@ -97,8 +99,8 @@ def test_merging_twice_or_into_another_base_is_refused(pair, tmp_path):
         with pytest.raises(ValueError, match="trained on other weights"):
             merge(wrong, adapter, tmp_path / "again", llava.transformers_name)
         with pytest.raises(ValueError, match="trained on other weights"):
-            lora.load(tiny_llava(), adapter, wrong, llava.transformers_name)
-    lora.load(tiny_llava(), adapter, base, llava.transformers_name)
+            lora.load(tiny_llava(), adapter, llava.open_weights(wrong), llava.transformers_name)
+    lora.load(tiny_llava(), adapter, llava.open_weights(base), llava.transformers_name)
     assert not (tmp_path / "again").exists()
 
 
@@ -107,7 +109,7 @@ def test_files_that_the_index_does_not_name_count_nowhere(pair, tmp_path, beside
     _, adapter, model = pair
     base = tmp_path / "sharded"
     tiny_llava().save_pretrained(base, max_shard_size="100KB")
-    rename, before = llava.transformers_name, lora.base_fingerprint(base)
+    rename, before = llava.transformers_name, fingerprint_of(base)
     name = "model-00009-of-00009.safetensors"
     if beside == "left over":  # of another model, in the same folder
         tiny_llava(seed=1).save_pretrained(tmp_path / "other")
@@ -116,13 +118,12 @@ def test_files_that_the_index_does_not_name_count_nowhere(pair, tmp_path, beside
         (base / name).write_bytes(b"123")
     else:
         shutil.copy(adapter / lora.WEIGHTS, base / "model.fp16.safetensors")
-    lora.base_fingerprint.cache_clear()
-    assert lora.base_fingerprint(base) == before
+    assert fingerprint_of(base) == before
     merge(base, adapter, tmp_path / "out", rename)
     files = {file.name for file in (tmp_path / "out").glob("*.safetensors")}
     index = json.loads((base / "model.safetensors.index.json").read_text())
     assert files == set(index["weight_map"].values()) and len(files) > 2
-    lora.load(again := tiny_llava(), adapter, base, rename)
+    lora.load(again := tiny_llava(), adapter, llava.open_weights(base), rename)
     merged = LlavaForConditionalGeneration.from_pretrained(tmp_path / "out")
     for other in (again, merged):
         close(logits_of(other), logits_of(model), 1e-5)
@@ -178,7 +179,7 @@ def test_a_qlora_is_loaded_over_the_same_4_bits(qlora):
     base, adapter, model = qlora
     again = tiny_llava()
     lora.quantize(again, BLOCKS, dict(again.named_parameters()), compute_dtype=torch.float32)
-    lora.load(again, adapter, base, llava.transformers_name)
+    lora.load(again, adapter, llava.open_weights(base), llava.transformers_name)
     assert torch.equal(logits_of(again), logits_of(model))
 
 
@@ -218,7 +219,7 @@ def test_a_base_in_4_bits_is_refused_by_its_name(pair, tmp_path, capsys):
     error = capsys.readouterr().err
     assert "config.json: quantization_config" in error and error.count("\n") == 1
     with pytest.raises(ValueError, match="quantization_config"):
-        lora.load(tiny_llava(), adapter, base, llava.transformers_name)
+        open_model(base, adapter)
     assert not (tmp_path / "out").exists()
 
 

@@ -20,6 +20,7 @@ from conftest import (
     change_tensors,
     close,
     edit,
+    fingerprint_of,
     logits_of,
     losses_of,
     run,
@@ -131,7 +132,7 @@ def test_a_loaded_adapter_is_saved_as_it_was(base, kind, tmp_path):
     model = pefts(base, tmp_path / "adapter", **KINDS[kind])
     ours = opened(base, tmp_path / "adapter")
     whole = KINDS[kind].get("modules_to_save", [])
-    lora.save(ours, tmp_path / "again", base, llava.transformers_name, whole)
+    lora.save(ours, tmp_path / "again", fingerprint_of(base), llava.transformers_name, whole)
     before, after = (load_file(tmp_path / f / lora.WEIGHTS) for f in ("adapter", "again"))
     assert before.keys() == after.keys() and any(f"{lora.PREFIX}{UNUSED}" in key for key in after)
     assert all(torch.equal(before[key], after[key]) for key in before)
@@ -144,7 +145,7 @@ def test_what_peft_trains_on_from_ours_comes_back_the_same(base, tmp_path):
     lora.inject(model, llava.DECODER, r=4, alpha=8)
     model.multi_modal_projector.requires_grad_(True)
     whole = ["multi_modal_projector"]
-    lora.save(model, tmp_path / "ours", base, llava.transformers_name, whole)
+    lora.save(model, tmp_path / "ours", fingerprint_of(base), llava.transformers_name, whole)
     trained = peft.PeftModel.from_pretrained(theirs(base), tmp_path / "ours", is_trainable=True)
     ids, pixels = row(trained.config)
     optimizer = torch.optim.AdamW([p for p in trained.parameters() if p.requires_grad], lr=1e-2)
@@ -154,7 +155,7 @@ def test_what_peft_trains_on_from_ours_comes_back_the_same(base, tmp_path):
         optimizer.zero_grad()
     trained.save_pretrained(tmp_path / "theirs")
     back = opened(base, tmp_path / "theirs")
-    lora.save(back, tmp_path / "back", base, llava.transformers_name, whole)
+    lora.save(back, tmp_path / "back", fingerprint_of(base), llava.transformers_name, whole)
     first, last, ours = (
         load_file(tmp_path / folder / lora.WEIGHTS) for folder in ("theirs", "back", "ours")
     )
@@ -250,7 +251,7 @@ def test_an_adapter_that_trains_more_than_is_kept_is_refused(world, tmp_path):
     config["modules_to_save"].append(more)
     (adapter / lora.CONFIG).write_text(json.dumps(config))
     tensors = load_file(adapter / lora.WEIGHTS)
-    source = lora.read_folder(world / "llava")
+    source = llava.open_weights(world / "llava")
     tensors[f"{lora.PREFIX}{more}.weight"] = source[llava.EMBEDDINGS].float()
     save_file(tensors, adapter / lora.WEIGHTS)
     status, _, error = run(world, tmp_path / "b", **LORA | OWN | dict(adapter=adapter))
@@ -350,7 +351,7 @@ DAMAGES = {  # what the line says > what was done to an adapter of ours
 def test_a_damaged_adapter_is_refused_in_one_line(world, says, tmp_path, capsys):
     model, adapter = opened(world / "llava", None), tmp_path / "adapter"
     lora.inject(model, llava.DECODER, r=4, alpha=8)
-    lora.save(model, adapter, world / "llava", llava.transformers_name)
+    lora.save(model, adapter, fingerprint_of(world / "llava"), llava.transformers_name)
     DAMAGES[says](adapter)
     assert says in refusal(world / "llava", adapter, tmp_path / "out", capsys)
 
