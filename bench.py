@@ -39,6 +39,7 @@ import data
 import evaluate
 import lora
 import model as llava
+import order
 import report
 import toy
 import train
@@ -247,7 +248,7 @@ def open_rows(job: dict, version: str = "own") -> data.LlavaDataset:
     config, tokenizer = llava.read_config(source), llava.open_tokenizer(source)
     paths = folder / f"{job['mix']}.json", folder / "images", source
     text = data.ChatText(tokenizer, version)
-    return data.open_dataset(*paths, config, tokenizer, text=text, max_length=4096)
+    return data.open_dataset(*paths, config, text, max_length=4096)
 
 
 def run_ours(job: dict) -> dict:
@@ -323,16 +324,14 @@ def run_peer(job: dict) -> dict:
 
     args, model, times = train.parse(flags_of(job)), open_peer(job), []
     rows = open_rows(job, args.version)
-    plan = data.plan_epoch(
-        rows.records.lengths, rows.records.has_picture, job["micro_batch"], args.seed, 0, False
-    )
+    plan = order.plan_epoch(rows.records, job["micro_batch"], args.seed, 0, False)
     collate = with_mask(data.Collator(rows.image_token_id, rows.tokens_per_picture))
     device = "cuda" if torch.cuda.is_available() else "cpu"
 
     class SameBatches(Trainer):
         def get_train_dataloader(self):
-            batches = data.micro_batches(plan, 1, 1, 0)
-            return data.loader(rows, batches, collate, job["workers"], device == "cuda")
+            batches = order.micro_batches(plan, 1, 1, 0)
+            return order.loader(rows, batches, collate, job["workers"], device == "cuda")
 
     class Clock(TrainerCallback):
         def on_step_end(self, *_, **__):
@@ -399,7 +398,7 @@ def run_without_training(job: dict) -> dict:
     model.eval()
     collate = data.Collator(dataset.image_token_id, dataset.tokens_per_picture)
     batches = [range(i, i + size) for i in range(0, len(dataset) - size + 1, size)]
-    loader = data.loader(dataset, batches, collate, job["workers"], device == "cuda")
+    loader = order.loader(dataset, batches, collate, job["workers"], device == "cuda")
     seconds, results = [], []
     for batch in itertools.islice(loader, job["steps"]):
         began = time.perf_counter()

@@ -235,7 +235,7 @@ def main(argv=None) -> int:
         text = data.ChatText(llava.open_tokenizer(folder), args.version)
         options = {"aspect_ratio": args.image_aspect_ratio, "max_length": args.model_max_length}
         paths = args.data_path, args.image_folder, folder
-        rows = data.open_dataset(*paths, config, None, text=text, **options)
+        rows = data.open_dataset(*paths, config, text, **options)
     if args.index is not None:
         return show(rows, args.index, args.json)
     records = rows.records if rows else data.Records(args.data_path)

@@ -15,6 +15,7 @@ import contextlib
 import functools
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -71,14 +72,27 @@ def count_or_off(text: str) -> int:
     return -1 if text == "-1" else number(int, 1)(text)
 
 
-def one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+def one_line(text) -> str:
+    return " ".join(str(text).split())
+
+
+def in_words(error: Exception, less_memory: str = "") -> str:
+    """What a user is told of a mistake: a ValueError, what the system says of files, lack of memory.
+    All else, a bug or a library's, is raised again with its traceback.
+    """
+    text, full = str(error), "out of memory|can't allocate memory"
+    if isinstance(error, (EOFError, ConnectionError)) or "DataLoader worker" in text:
+        return "a process that prepares rows has died (killed?): try --dataloader_num_workers 0"
+    if less_memory and isinstance(error, RuntimeError) and re.search(full, text):
+        return f"out of memory: try {less_memory}"
+    if not isinstance(error, (ValueError, OSError, SafetensorError)):
+        raise error
+    return text
 
 
 def command(main):
-    """Makes `main(argv)` return a status: what it returns, 0 for None, 2 for a user's mistake.
-
-    A mistake is a ValueError or what the system says of a file; its text is shown as one line.
+    """Makes `main(argv)` return a status: what it returns, 0 for None, 2 for a user's mistake, whose
+    text is shown as one line.
     """
     name = Path(main.__code__.co_filename).name
 
@@ -89,8 +103,8 @@ def command(main):
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # it warns where we fork workers
         try:
             return main(argv) or 0
-        except (ValueError, OSError, SafetensorError) as error:
-            print(f"{name}: {one_line(error)}", file=sys.stderr)
+        except Exception as error:
+            print(f"{name}: {one_line(in_words(error))}", file=sys.stderr)
             return 2
 
     return run

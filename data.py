@@ -19,29 +19,21 @@ One row, by hand (`folder` is a LLaVA model's; pictures may also lie in a .zip):
     input_ids, labels = text.ids_and_labels(messages)
     pixel_values = [transform(decode_picture(pictures.read(name), name)) for name in names]
 
-All rows, in the order of epoch 0, in batches of 4 x 2 rows for an optimizer step:
+All rows of a file, as batches (in what order, and prepared by which processes, says order.py):
 
-    dataset = open_dataset("train.json", "images", folder, config, tokenizer)
-    lengths, has_picture = dataset.records.lengths, dataset.records.has_picture
-    steps = plan_epoch(lengths, has_picture, global_batch=8, seed=0, epoch=0, by_modality=True)
-    batches = micro_batches(steps, accumulation=2, world=1, rank=0)
+    dataset = open_dataset("train.json", "images", folder, config, text)
     collate = Collator(dataset.image_token_id, tokens_per_picture=576)
-    for batch in loader(dataset, batches, collate, workers=2):
-        print(batch["input_ids"].shape, batch["labels"].shape, batch["pixel_values"].shape)
+    batch = collate([dataset[0], dataset[1]])
 
 Sources: LLaVA's rows, templates and masks (github.com/haotian-liu/LLaVA, llava/conversation.py and
 llava/train/train.py), CLIP's preprocessing (github.com/openai/CLIP, clip/clip.py).
 """
 
 import contextlib
-import functools
 import io
 import json
 import os
 import re
-import shutil
-import signal
-import sys
 import warnings
 import zipfile
 from bisect import bisect_left
@@ -71,10 +63,9 @@ NO_PICTURES = [
 
 def upright(image: Image.Image) -> Image.Image:
     """Turned as its EXIF block says; a broken block says nothing."""
-    try:
+    with contextlib.suppress(Exception):
         return ImageOps.exif_transpose(image)
-    except Exception:
-        return image
+    return image
 
 
 def to_8_bits(image: Image.Image) -> Image.Image:
@@ -138,10 +129,9 @@ class PictureTransform:
             path = Path(folder) / name
             found = json.loads(path.read_bytes()) if path.is_file() else {}
             config |= found.get("image_processor", found)
-        size = config.get("crop_size") or config.get("size")
+        size, pads = config.get("crop_size") or config.get("size"), config.get("do_pad")
         if isinstance(size, dict):
             size = size.get("height") or size.get("shortest_edge")
-        pads = config.get("do_pad")
         crops = config.get("crop_size") and config.get("do_center_crop", True)
         if not size or not (pads or crops) or "image_mean" not in config:
             wanted = "image_mean, and do_pad or crop_size to make pictures square"
@@ -160,8 +150,7 @@ class PictureTransform:
             image = square
         resized = [self.size * n // min(image.size) for n in image.size]
         image = centre(image.resize(resized, Image.Resampling.BICUBIC), self.size, self.size)
-        channels = np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))  # (3, S, S)
-        pixels = channels / np.float32(255)
+        pixels = np.asarray(image).transpose(2, 0, 1).copy() / np.float32(255)  # (3, S, S)
         pixels -= self.mean[:, None, None]  # in place, channels first: 8 times as fast
         pixels /= self.std[:, None, None]
         return pixels
@@ -197,10 +186,11 @@ class Pictures:
             # share the file: of two that move one position each would get the other's bytes.
             self.archive.fp, self.process = open(self.path, "rb"), os.getpid()
         try:
-            file = self.archive.open(found) if self.archive else open(self.path / found, "rb")
-            with file:
+            with (
+                self.archive.open(found) if self.archive else open(self.path / found, "rb") as file
+            ):
                 return file.read(at_most)
-        except Exception as error:  # zipfile's decompressors, too
+        except Exception as error:  # zipfile's decompressors raise nearly anything
             raise ValueError(f"picture {name} in {self.path}: damaged ({error})") from None
 
 
@@ -268,26 +258,6 @@ def named_template(version: str, has_bos: bool) -> str:
     return head + turns.replace("BOS", "bos_token" if has_bos else "''")
 
 
-def prepare_turns(messages: list[dict], control: re.Pattern) -> list[dict]:
-    """The turns with a question's only picture first, as LLaVA's preprocess_multimodal puts it.
-
-    ValueError where a turn says what only templates may (`control`): </s>, <image> in an answer.
-    """
-    prepared = []
-    for message in messages:
-        role, content = message["role"], message["content"]
-        found = control.search(content.replace(IMAGE, " ") if role == "user" else content)
-        if found:
-            raise ValueError(f"the {role}'s text holds {found[0]}, a control string: remove it")
-        if role == "user" and content.count(IMAGE) == 1:
-            content = f"{IMAGE}\n{content.replace(IMAGE, '').strip()}".strip()
-        elif role == "assistant":
-            # Empty lines in front would become one token with the template's newline.
-            content = re.sub(r"\A\s*[\r\n]", "", content)
-        prepared.append({"role": role, "content": content})
-    return prepared
-
-
 class ChatText:
     r"""From a conversation to token ids and labels: the contract for training, chat and evaluation.
 
@@ -344,13 +314,27 @@ class ChatText:
         self.stop_ids = sorted(ends | {self.tokenizer.eos_token_id} - {None})
 
     def prepare(self, messages: list[dict]) -> list[dict]:
-        """The turns as they are rendered; ValueError for what this version cannot take."""
-        messages = prepare_turns(messages, self.control)
-        if self.version == "plain" and (
-            len(messages) != 2 or messages[0]["content"].count(IMAGE) != 1
-        ):
+        """The turns as they are rendered, a question's only picture first, as LLaVA's
+        preprocess_multimodal has it.
+
+        ValueError where a turn says what only templates may, as </s> or an answer's <image>.
+        """
+        prepared = []
+        for message in messages:
+            role, content = message["role"], message["content"]
+            found = self.control.search(content.replace(IMAGE, " ") if role == "user" else content)
+            if found:
+                raise ValueError(f"the {role}'s text holds {found[0]}, a control string: remove it")
+            if role == "user" and content.count(IMAGE) == 1:
+                content = f"{IMAGE}\n{content.replace(IMAGE, '').strip()}".strip()
+            elif role == "assistant":
+                # Empty lines in front would become one token with the template's newline.
+                content = re.sub(r"\A\s*[\r\n]", "", content)
+            prepared.append({"role": role, "content": content})
+        pictures = prepared[0]["content"].count(IMAGE)
+        if self.version == "plain" and (len(prepared), pictures) != (2, 1):
             raise ValueError("--version plain takes one picture and one answer, in stage 1")
-        return messages
+        return prepared
 
     def render(self, messages: list[dict], prompt: bool = False) -> str:
         """The template's text for `messages`; with `prompt` it ends where an answer begins."""
@@ -371,14 +355,14 @@ class ChatText:
             role, content = message["role"], message["content"].strip()  # many templates strip
             place = text.find(content, at)
             behind = place + len(content)
-            begin = text.find(self.begin, behind)
-            end = self.control.search(text, at)
+            begin, end = text.find(self.begin, behind), self.control.search(text, at)
             shown = text[at : end.start()] if end else text[at:]
+            fault = ""
             if role == "assistant" and not (end and shown.rstrip().endswith(content)):
                 fault = f"makes {shown[:60]!r} of the answer {content[:60]!r}, or does not end it"
-                raise ValueError(f"the chat template {fault}: {ANOTHER}")
-            if place < 0 or (role == "user" and begin < 0):
+            elif place < 0 or (role == "user" and begin < 0):
                 fault = f"drops the {role} turn, or begins its answer unlike its generation prompt"
+            if fault:
                 raise ValueError(f"the chat template {fault}: {ANOTHER}")
             if role == "user":
                 at = begin + len(self.begin)
@@ -493,11 +477,6 @@ def parse_record(row: dict) -> tuple[list[dict], list[str]]:
     return system + talk, pictures
 
 
-def image_list(row: dict) -> list[str]:
-    """The names of a row's pictures, wherever they stand."""
-    return parse_record(row)[1]
-
-
 def read_rows(path: Path) -> list:
     """The rows of a file: a JSON list, or one object a line; ValueError names the wrong line."""
     # What is not UTF-8 becomes half a character, for which check_row names the row.
@@ -600,18 +579,16 @@ class LlavaDataset(torch.utils.data.Dataset):
             raise ValueError(f"of {widths[-1]} tokens --model_max_length {self.max_length} {lost}")
         return keep
 
-    def load(self, i: int) -> tuple:
-        messages, names = parse_record(self.records[i])
-        ids, labels = self.text.ids_and_labels(messages)
-        keep = self.fit(ids, labels)
-        pixels = [self.picture(name) for name in names]
-        return ids[:keep], labels[:keep], pixels, len(ids) - keep
-
     def __getitem__(self, i: int) -> dict:
         ids, labels, pixels, cut, fault = [0], [IGNORE], [], 0, None
         try:
             if i >= 0:
-                ids, labels, pixels, cut = self.load(i)
+                messages, names = parse_record(self.records[i])
+                found = self.text.ids_and_labels(messages)
+                keep = self.fit(*found)
+                pixels = [self.picture(name) for name in names]
+                cut = len(found[0]) - keep
+                ids, labels = (part[:keep] for part in found)
         except (ValueError, OSError) as error:
             fault = f"{self.records.where(i)}: {error}"
             if self.on_bad_record == "stop":
@@ -624,14 +601,12 @@ class LlavaDataset(torch.utils.data.Dataset):
 
 
 def open_dataset(
-    data_path, image_folder, folder, config, tokenizer, aspect_ratio=None, text=None, **limits
+    data_path, image_folder, folder, config, text: ChatText, aspect_ratio=None, **limits
 ) -> LlavaDataset:
-    """The rows of a file as a model's folder wants them: its template, its pictures, its counts.
+    """The rows of a file as a model's folder wants them: its pictures' size, its counts.
 
-    `config` is the folder's LlavaConfig; `text` a ChatText, if not of the folder's own template;
-    `limits` are LlavaDataset's.
+    `config` is the folder's LlavaConfig; `limits` are LlavaDataset's.
     """
-    text = text or ChatText(tokenizer)
     vision = config.vision_config  # one token for each patch, and CLIP's CLS where it is kept
     tokens_per_picture = (vision.image_size // vision.patch_size) ** 2
     tokens_per_picture += vision.model_type == "clip_vision_model"
@@ -674,78 +649,3 @@ class Collator:
             "cut": sum(row.get("cut", 0) > 0 for row in rows),
             "faults": [row["fault"] for row in rows if row.get("fault")],
         }
-
-
-# --- the order of rows ---
-
-
-def plan_epoch(lengths, has_picture, global_batch: int, seed: int, epoch: int, by_modality: bool):
-    """The rows of each optimizer step, the longest first: (steps, global_batch) int64; -1 is none.
-
-    A function of its arguments alone, so ranks, restarts and other splits into micro-batches agree.
-    With `by_modality` a step has rows of one kind (with pictures, or without), of similar length.
-    The step with the longest row is the first of epoch 0: what exceeds the memory shows at once.
-    """
-    rng = np.random.default_rng([seed, epoch])
-    kinds = [has_picture, ~has_picture] if by_modality else [np.full(len(lengths), True)]
-    steps = []
-    for kind in kinds:
-        rows = rng.permutation(np.flatnonzero(kind))
-        if by_modality and len(rows):  # by length, give or take 5 %: other mates in each epoch
-            size = lengths[rows]
-            rows = rows[np.argsort(-size + rng.uniform(-0.05, 0.05, len(rows)) * size.mean())]
-        missing = np.full(-len(rows) % global_batch, -1)
-        steps.append(np.append(rows, missing).reshape(-1, global_batch))
-    steps = rng.permutation(np.concatenate(steps))  # (steps, global_batch)
-    size = np.where(steps < 0, 0, lengths[steps])
-    steps = np.take_along_axis(steps, np.argsort(-size, axis=1, kind="stable"), axis=1)
-    if epoch == 0:
-        heaviest = size.max(axis=1).argmax()
-        steps[[0, heaviest]] = steps[[heaviest, 0]]
-    return steps
-
-
-def micro_batches(steps: np.ndarray, accumulation: int, world: int, rank: int, start: int = 0):
-    """This rank's micro-batches, lists of rows, `accumulation` of them for each step from `start`.
-
-    Neighbours in length share one, and ranks take neighbours: padding and waiting are least.
-    """
-    micro = steps.shape[1] // (accumulation * world)
-    rows = steps[start:].reshape(-1, accumulation, world, micro)[:, :, rank]
-    return rows.reshape(-1, micro).tolist()
-
-
-def ignore_signals(_):
-    """Who asks a run to stop (timeout, srun) may ask its workers, too: they end with the run."""
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
-
-
-@functools.cache
-def say_once(line: str):
-    print(line, file=sys.stderr, flush=True)
-
-
-def loader(dataset, batches: list, collate, workers: int, pin_memory: bool = False):
-    """Batches, prepared by worker processes that are forked, so they share the rows with this one.
-
-    They hand them over in /dev/shm, each two in advance. Where that is too small (Docker's default
-    is 64 MB) a run would hang, so this process prepares them.
-    """
-    if workers and batches and os.path.isdir("/dev/shm"):
-        samples = [dataset[batch[0]] for batch in batches[:: len(batches) // 3 + 1]]
-        largest = max((row["pixel_values"].nbytes for row in samples), default=0)
-        if 2 * workers * len(batches[0]) * largest > shutil.disk_usage("/dev/shm").free:
-            workers = 0
-            say_once("/dev/shm is too small, so rows have no workers (docker run --shm-size=8g)")
-    options = {"collate_fn": collate, "pin_memory": pin_memory, "worker_init_fn": ignore_signals}
-    if workers:
-        options |= {"num_workers": workers, "multiprocessing_context": "fork"}
-    options["generator"] = torch.Generator()  # the default would draw from dropout's
-    prepared = torch.utils.data.DataLoader(dataset, batch_sampler=batches, **options)
-    try:
-        yield from prepared
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        raise ValueError(f"a worker has died ({error}): lower --dataloader_num_workers") from None

@@ -18,7 +18,7 @@ kind figures of its own; `answers`, ten people's to its only question, gives the
     model = open_model(folder)
     text = data.ChatText(llava.open_tokenizer(folder))
     config = llava.read_config(folder)
-    dataset = data.open_dataset(rows, images, folder, config, None, on_bad_record="skip", text=text)
+    dataset = data.open_dataset(rows, images, folder, config, text, on_bad_record="skip")
     collate = data.Collator(model.config.image_token_id, model.tokens_per_picture)
     options = dict(eval_samples=-1, max_new_tokens=64, workers=0, on_bad_record="stop")
     metrics, answers = evaluate(
@@ -49,6 +49,7 @@ import data
 import engines
 import lora
 import model as llava
+import order
 
 
 def open_model(
@@ -63,6 +64,39 @@ def open_model(
             model, adapter, llava.open_weights(llava.resolve(folder)), llava.transformers_name
         )
     return model
+
+
+def use_or_stop(faults: list[str], on_bad_record: str):
+    """Raises ValueError for a row that could not be used, or says that it is skipped."""
+    for fault in faults:
+        if on_bad_record == "stop":
+            advice = "`python check.py`, with the same --version, lists such rows, --on_bad_record skip passes over"
+            raise ValueError(f"{fault} ({advice})")
+        tqdm.write(f"skipped: {fault}", file=sys.stderr)
+
+
+def open_rows(args, path: str | None, source: Path, text) -> data.LlavaDataset | None:
+    """The rows of a file, by the flags that train.py has too. What is bad in the text of a row is
+    found here; a fault of a picture, when it is read.
+    """
+    if path is None:
+        return None
+    config = llava.read_config(source)
+    options = {"aspect_ratio": args.image_aspect_ratio, "max_length": args.model_max_length}
+    folders = args.image_folder, source
+    rows = data.open_dataset(path, *folders, config, text, on_bad_record="skip", **options)
+    limit = getattr(config.text_config, "max_position_embeddings", math.inf)
+    if min(rows.records.lengths.max(), args.model_max_length) > limit:  # the lengths are estimates
+        print(f"{path}: rows longer than the {limit:,} positions that the language model learnt")
+    bad = rows.records.bad_rows
+    fault = rows[bad[0] if bad else 0]["fault"]
+    if fault and args.on_bad_record == "stop":
+        use_or_stop([fault], "stop")
+    if len(bad) == len(rows):
+        raise ValueError(f"{path}: none of its rows can be used, such as: {fault}")
+    if bad:
+        print(f"{path}: {len(bad):,} of {len(rows):,} rows are skipped: check.py lists them")
+    return rows
 
 
 # --- the VQA score ---
@@ -269,15 +303,6 @@ def look(model, dataset, batch: dict, device) -> tuple:
     return features[[distinct.index(name) for name in names]].split(counts)
 
 
-def use_or_stop(faults: list[str], on_bad_record: str):
-    """Raises ValueError for a row that could not be used, or says that it is skipped."""
-    for fault in faults:
-        if on_bad_record == "stop":
-            advice = "`python check.py`, with the same --version, lists such rows, --on_bad_record skip passes over"
-            raise ValueError(f"{fault} ({advice})")
-        tqdm.write(f"skipped: {fault}", file=sys.stderr)
-
-
 @contextlib.contextmanager
 def advice_where_memory_ends(batch_size: int):
     try:
@@ -346,7 +371,7 @@ def evaluate(
     asker = Asker(model, dataset, engine, rows, batch_size, max_new_tokens)
     batches, sums = plan(dataset, batch_size, engine), np.zeros(3)  # loss, right, tokens
     with advice_where_memory_ends(batch_size):
-        for batch in data.loader(dataset, batches, collate, workers, device == "cuda"):
+        for batch in order.loader(dataset, batches, collate, workers, device == "cuda"):
             use_or_stop(batch["faults"], on_bad_record)
             features, labels = look(model, dataset, batch, device), batch["labels"].to(device)
             loss, right = model(batch["input_ids"].to(device), torch.cat(features), labels)
@@ -435,10 +460,7 @@ def main(argv=None):
         cli.check_new(args.output_dir)
     folder = llava.resolve(args.model_name_or_path)
     text = data.ChatText(llava.open_tokenizer(folder, args.adapter), args.version)
-    rows, options = (args.validation_data_path, args.image_folder), {"text": text}
-    options |= {"aspect_ratio": args.image_aspect_ratio, "max_length": args.model_max_length}
-    config = llava.read_config(folder)
-    dataset = data.open_dataset(*rows, folder, config, None, on_bad_record="skip", **options)
+    dataset = open_rows(args, args.validation_data_path, folder, text)
     device = cli.find_device()
     dtype = torch.bfloat16 if args.bf16 else torch.float32
     model = open_model(folder, args.adapter, args.bits, dtype, device)

@@ -12,7 +12,6 @@ nothing collective follows: the others may be waiting for it in a collective, wh
 import contextlib
 import datetime
 import os
-import re
 import signal
 import socket
 import sys
@@ -23,7 +22,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
 
 import cli
 
@@ -63,20 +61,6 @@ def leave():
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
-
-
-def in_words(error: Exception, less_memory: str) -> str:
-    """What a user is told: ValueErrors, what the system says of files, lack of memory. All else is
-    raised again, with its traceback.
-    """
-    text, full = str(error), "out of memory|can't allocate memory"
-    if isinstance(error, (EOFError, ConnectionError)) or "DataLoader worker" in text:
-        return "a process that prepares rows has died (killed?): try --dataloader_num_workers 0"
-    if isinstance(error, RuntimeError) and re.search(full, text):
-        return f"out of memory: try {less_memory}"
-    if not isinstance(error, (ValueError, OSError, SafetensorError)):
-        raise error  # a bug, or a library's
-    return text
 
 
 def as_rank(text: str) -> str:

@@ -369,7 +369,7 @@ def draw_samples(answers: list[dict], records, pictures, title: str = "") -> Ima
 def draw_card(sheet, x: int, y: int, answer: dict, records, pictures) -> int:
     """One question, 480 pixels wide, below its first eight pictures; returns where it ends."""
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(26)
-    names = data.image_list(records[answer["row"]])[:8]
+    names = data.parse_record(records[answer["row"]])[1][:8]
     pen.rectangle((x, y, x + 479, y + 319), MAT)
     for k, name in enumerate(names):
         picture, width = data.decode_picture(pictures.read(name), name), 480 // len(names)

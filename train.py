@@ -47,6 +47,7 @@ import evaluate
 import fast
 import lora
 import model as llava
+import order
 import ranks
 import report
 
@@ -322,41 +323,7 @@ def rows_a_step(args) -> int:
     return rows * int(os.environ["WORLD_SIZE"])
 
 
-def open_rows(args, path: str | None, source: Path, text):
-    """The rows of a file; the bad ones that are known by now are said before step 1."""
-    if path is None:
-        return None
-    config = llava.read_config(source)
-    options = {"aspect_ratio": args.image_aspect_ratio, "text": text}
-    options |= {"max_length": args.model_max_length, "on_bad_record": "skip"}
-    rows = data.open_dataset(path, args.image_folder, source, config, text.tokenizer, **options)
-    limit = getattr(config.text_config, "max_position_embeddings", math.inf)
-    if min(rows.records.lengths.max(), args.model_max_length) > limit:  # the lengths are estimates
-        print(f"{path}: rows longer than the {limit:,} positions that the language model learnt")
-    bad = rows.records.bad_rows
-    fault = rows[bad[0] if bad else 0]["fault"]
-    if fault and args.on_bad_record == "stop":
-        evaluate.use_or_stop([fault], "stop")
-    if len(bad) == len(rows):
-        raise ValueError(f"{path}: none of its rows can be used, such as: {fault}")
-    if bad:
-        print(f"{path}: {len(bad):,} of {len(rows):,} rows are skipped: check.py lists them")
-    return rows
-
-
 # --- the loop ---
-
-
-def numbers_of(window: list[dict]) -> tuple:
-    """Supervised tokens, tokens, the same with padding, rows, rows cut short, rows skipped."""
-    return (
-        sum((batch["labels"] >= 0).sum().item() for batch in window),
-        sum(sum(batch["lengths"]) for batch in window),
-        sum(batch["labels"].numel() for batch in window),
-        sum(row >= 0 for batch in window for row in batch["rows"]),
-        sum(batch["cut"] for batch in window),
-        sum(len(batch["faults"]) for batch in window),
-    )
 
 
 def seed_dropout(seed: int, step: int, rank: int):
@@ -372,8 +339,8 @@ class Run:
         self.args, self.source, self.out = args, source, Path(args.output_dir)
         self.device = cli.find_device()
         self.text = data.ChatText(llava.open_tokenizer(source, args.adapter), args.version)
-        self.rows = open_rows(args, args.data_path, source, self.text)
-        self.validation = open_rows(args, args.validation_data_path, source, self.text)
+        self.rows = evaluate.open_rows(args, args.data_path, source, self.text)
+        self.validation = evaluate.open_rows(args, args.validation_data_path, source, self.text)
         stage = config["zero_optimization"]["stage"] if config else 0
         self.model = load_model(args, source, self.device, stage)
         image_token_id = self.model.config.image_token_id
@@ -389,10 +356,9 @@ class Run:
 
     def plan(self, epoch: int):
         """The rows of each step of an epoch: (steps, rows)."""
-        records, args = self.rows.records, self.args
+        args, rows = self.args, rows_a_step(self.args)
         by_modality = args.group_by_modality_length
-        sizes = records.lengths, records.has_picture, rows_a_step(args)
-        return data.plan_epoch(*sizes, args.seed, epoch, by_modality)
+        return order.plan_epoch(self.rows.records, rows, args.seed, epoch, by_modality)
 
     def begin(self, run_id: str, same: dict):
         self.progress = {"run": run_id, "step": 0, "supervised": 0, "skipped": 0, "cut": 0}
@@ -409,17 +375,16 @@ class Run:
         if self.engine.rank == 0:
             self.log = report.Log(self.out, run_id, self.progress["step"] or -1, vars(args))
 
-    def windows(self, step: int):
-        """This rank's micro batches of each optimizer step from `step` on, epoch after epoch."""
+    def windows(self):
+        """This rank's micro-batches of each optimizer step that is left."""
         args, engine, pin_memory = self.args, self.engine, self.device == "cuda"
-        accumulation, workers = args.gradient_accumulation_steps, args.dataloader_num_workers
-        share = accumulation, engine.world, engine.rank
-        epoch, start = divmod(step, self.per_epoch)
-        while True:
-            micro = data.micro_batches(self.plan(epoch), *share, start)
-            batches = iter(data.loader(self.rows, micro, self.collate, workers, pin_memory))
-            yield from zip(*[batches] * accumulation)  # as many at a time
-            epoch, start = epoch + 1, 0
+        share = args.gradient_accumulation_steps, engine.world, engine.rank
+
+        def load(batches):
+            workers = args.dataloader_num_workers
+            return order.loader(self.rows, batches, self.collate, workers, pin_memory)
+
+        return order.windows(self.plan, self.progress["step"], *share, load)
 
     def validate(self):
         rows, step = self.validation, self.progress["step"]
@@ -509,7 +474,7 @@ def train(run: Run, args, signals: list) -> int:
     # The rate is 0 in the first step of a warm-up; at least one step must come after it.
     warmup = min(math.ceil(args.warmup_ratio * run.total), run.total - 1)
     bar = report.Progress(run.total, progress["step"], engine.rank)
-    windows = run.windows(progress["step"])
+    windows = run.windows()
 
     while progress["step"] < run.last_step and run.since_best() < patience and not stopping:
         # One window is this rank's micro batches of one optimizer step. All are fetched before any
@@ -520,7 +485,7 @@ def train(run: Run, args, signals: list) -> int:
         for batch in window:
             evaluate.use_or_stop(batch["faults"], args.on_bad_record)
         asked = bool(signals) or (out / "stop").exists()
-        totals = engine.sum(*numbers_of(window), asked)
+        totals = engine.sum(*order.numbers_of(window), asked)
         supervised, tokens, padded, rows, cut, skipped, stopping = totals
 
         seed_dropout(args.seed, progress["step"], engine.rank)
@@ -599,7 +564,7 @@ def main(argv=None):
         return status
     except Exception as error:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's raises for each worker that dies
-        text = ranks.in_words(error, report.less_memory(args))
+        text = cli.in_words(error, report.less_memory(args))
         raise ValueError(ranks.as_rank(text)) from None
     finally:
         for number, handler in handlers.items():

@@ -291,8 +291,8 @@ def row(turns, **more):
 
 
 def open_dataset(rows, images, folder, **options):
-    config, tokenizer = llava.read_config(folder), llava.open_tokenizer(folder)
-    return data.open_dataset(rows, images, folder, config, tokenizer, **options)
+    text = options.pop("text", None) or data.ChatText(llava.open_tokenizer(folder))
+    return data.open_dataset(rows, images, folder, llava.read_config(folder), text, **options)
 
 
 def write(path, content):

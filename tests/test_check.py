@@ -73,7 +73,7 @@ def test_thumbnails_are_the_picture_again(tiny):
 )
 def test_a_bad_call_of_check_is_one_line(toy, one_row, capsys, argv, error):
     rows = json.loads((toy / "train.json").read_text())
-    first = next(i for i, r in enumerate(rows) if data.image_list(r) and len(r["kinds"]) > 1)
+    first = next(i for i, r in enumerate(rows) if data.parse_record(r)[1] and len(r["kinds"]) > 1)
     try:
         status = check.main([*one_row, "--index", str(first), *argv])
     except SystemExit as stop:

@@ -3,12 +3,18 @@
 import os
 import shutil
 import signal
+import types
 
 import numpy as np
 import pytest
 import torch
 
-import data
+import cli
+import order
+
+
+def rows_of(lengths, has_picture):
+    return types.SimpleNamespace(lengths=lengths, has_picture=has_picture)
 
 
 @pytest.mark.parametrize("rows, batch", [(1000, 16), (5, 8), (64, 8), (33, 4), (1, 1)])
@@ -16,8 +22,8 @@ import data
 def test_epoch_has_every_row_once_and_the_longest_step_first(rows, batch, by_modality):
     rng = np.random.default_rng(0)
     lengths, has_picture = rng.integers(5, 900, rows), rng.random(rows) < 0.7
-    plan = lambda seed=0, epoch=0: data.plan_epoch(
-        lengths, has_picture, batch, seed, epoch, by_modality
+    plan = lambda seed=0, epoch=0: order.plan_epoch(
+        rows_of(lengths, has_picture), batch, seed, epoch, by_modality
     )  # noqa: E731
     steps = plan()
     assert (steps == plan()).all() and steps.shape[1] == batch
@@ -38,7 +44,7 @@ def test_epoch_has_every_row_once_and_the_longest_step_first(rows, batch, by_mod
         ]
         assert sum(map(len, mates)) == len(set().union(*mates))
     if rows == 1000 and by_modality:  # alike in length within a step
-        random_order = data.plan_epoch(lengths, has_picture, batch, 0, 0, False)
+        random_order = order.plan_epoch(rows_of(lengths, has_picture), batch, 0, 0, False)
         assert np.ptp(sizes, axis=1).mean() < np.ptp(lengths[random_order], axis=1).mean() / 4
 
 
@@ -50,28 +56,32 @@ def test_rows_grouped_by_length_are_padded_far_less():
     lengths = (576 * has_picture + words).clip(12, 2048)
     estimate = 576 * has_picture + words * rng.lognormal(0, 0.12, 20_000)
 
-    def padded(order):
-        rows = np.reshape(order, (-1, 16))  # micro-batches
+    def padded(batches):
+        rows = np.reshape(batches, (-1, 16))  # micro-batches
         sizes = np.where(rows < 0, 1, lengths[rows])
         return 1 - sizes.sum() / (16 * sizes.max(1)).sum()
 
     plain, grouped = (
-        padded(data.micro_batches(data.plan_epoch(estimate, has_picture, 128, 0, 0, by), 8, 1, 0))
+        padded(
+            order.micro_batches(
+                order.plan_epoch(rows_of(estimate, has_picture), 128, 0, 0, by), 8, 1, 0
+            )
+        )
         for by in (False, True)
     )
     assert grouped < 0.08 < plain < 0.2 < 0.35 < padded(rng.permutation(20_000))
 
 
 def test_every_split_takes_the_same_rows_in_each_step():
-    steps = data.plan_epoch(np.arange(100), np.ones(100, bool), 12, 0, 0, False)
+    steps = order.plan_epoch(rows_of(np.arange(100), np.ones(100, bool)), 12, 0, 0, False)
     for world, accumulation in ((1, 1), (1, 12), (2, 3), (4, 1), (3, 4)):
         for start in (0, 3):
             ranks = [
-                list(data.micro_batches(steps, accumulation, world, rank, start))
+                list(order.micro_batches(steps, accumulation, world, rank, start))
                 for rank in range(world)
             ]
             assert {len(batches) for batches in ranks} == {
-                len(data.micro_batches(steps, accumulation, world, 0, start))
+                len(order.micro_batches(steps, accumulation, world, 0, start))
             }
             for k, step in enumerate(steps[start:]):
                 windows = [batches[k * accumulation : (k + 1) * accumulation] for batches in ranks]
@@ -100,7 +110,7 @@ class Rows(torch.utils.data.Dataset):
 
 def load(rows, count=8, workers=2):
     batches = [[i] for i in range(count)]
-    return data.loader(
+    return order.loader(
         rows, batches, lambda rows: (rows[0]["input_ids"].item(), rows[0]["pid"]), workers
     )
 
@@ -119,12 +129,13 @@ def test_workers_finish_whatever_the_run_is_told():
 def test_a_worker_that_dies_ends_the_run_in_one_line():
     parent = os.getpid()
     dies = Rows(lambda i: i == 3 and os.getpid() != parent and os.kill(os.getpid(), signal.SIGKILL))
-    with pytest.raises(ValueError, match="a worker has died .*lower --data"):
+    with pytest.raises(RuntimeError) as caught:
         list(load(dies))
+    assert "try --dataloader_num_workers 0" in cli.in_words(caught.value)
 
 
 def test_little_shared_memory_means_no_workers_and_one_line(monkeypatch, capsys):
-    data.say_once.cache_clear()
+    order.say_once.cache_clear()
     usage = shutil.disk_usage("/")
     row_bytes = 3 * 99 * 99 * 4
     for free, alone in ((4 * row_bytes, False), (4 * row_bytes - 1, True)):  # two workers, two each

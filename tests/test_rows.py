@@ -3,7 +3,6 @@
 import contextlib
 import inspect
 import json
-import re
 import subprocess
 import sys
 import time
@@ -20,6 +19,7 @@ from PIL import Image
 
 import data
 import model as llava
+import order
 from data import IGNORE, IMAGE
 
 SAID = row(["a", "b"])["conversations"]
@@ -139,7 +139,12 @@ def test_both_forms_of_a_row_have_equal_ids_and_labels(open_rows):
         first, *others = [dataset[i] for i in range(len(rows))]
         for other in others:
             assert all(first[k].equal(other[k]) for k in ("input_ids", "labels", "pixel_values"))
-    assert data.image_list(alike[0][5]) == images["images"]
+    assert data.parse_record(alike[0][5])[1] == images["images"]
+
+
+def refuse(turns):
+    if any("</s>" in turn["content"] for turn in turns):
+        raise ValueError("a control string")
 
 
 def test_records_come_back_as_they_were(tmp_path):
@@ -162,10 +167,7 @@ def test_records_come_back_as_they_were(tmp_path):
         ("a.ndjson", bom + lines.replace("\n", "\r\n").encode()),
         ("b.jsonl", text),  # a list
     ):
-        control = re.compile("</s>")
-        records = data.Records(
-            write(tmp_path / name, content), 576, lambda turns: data.prepare_turns(turns, control)
-        )
+        records = data.Records(write(tmp_path / name, content), 576, refuse)
         assert [records[i] for i in range(len(records))] == rows
     assert records.has_picture.tolist() == [True, False, False, False, True, False]
     assert records.lengths.argsort()[::-1][:2].tolist() == [4, 0] and 576 < records.lengths[0] < 700
@@ -330,8 +332,11 @@ def test_the_lines_of_the_docstring_make_a_batch(open_rows, tiny, tmp_path, monk
     monkeypatch.chdir(tmp_path)
     names = vars(data) | {"folder": tiny, "config": llava.read_config(tiny)}
     names["tokenizer"] = llava.open_tokenizer(tiny)
-    lines = data.__doc__[data.__doc__.index("One row, by hand") :].splitlines()
-    exec("\n".join(line[4:] for line in lines if line.startswith("    ")), names)
+
+    def execute(lines):
+        exec("\n".join(line[4:] for line in lines.splitlines() if line.startswith("    ")), names)
+
+    execute(data.__doc__[data.__doc__.index("One row, by hand") :])
     collate = data.Collator(names["dataset"].image_token_id, 576)
     by_hand = {
         "input_ids": torch.tensor(names["input_ids"]),
@@ -340,8 +345,10 @@ def test_the_lines_of_the_docstring_make_a_batch(open_rows, tiny, tmp_path, monk
     by_hand["pixel_values"] = torch.tensor(np.stack(names["pixel_values"]))
     batch, same = collate([by_hand]), collate([names["dataset"][0]])
     assert all(batch[key].equal(same[key]) for key in by_hand)
-    assert names["batch"]["pixel_values"].shape == (4, 3, 336, 336)
-    assert len(capsys.readouterr().out.splitlines()) == 4  # 12 rows of 8 a step, 4 at a time
+    assert names["batch"]["pixel_values"].shape == (2, 3, 336, 336)
+    names |= vars(order)
+    execute(order.__doc__.replace("...", 'print(len(batch["rows"]))'))
+    assert capsys.readouterr().out.split() == ["4"] * 4  # 12 rows, 8 a step
 
 
 def test_the_collator_alone_collates_any_rows():
@@ -406,9 +413,9 @@ def test_600_000_rows_open_fast_and_workers_stay_small(tiny, tmp_path):
         tiny,
         text=data.ChatText(llava.open_tokenizer(tiny), "plain"),
     )
-    steps = data.plan_epoch(rows.records.lengths, rows.records.has_picture, 256, 0, 0, False)
+    steps = order.plan_epoch(rows.records, 256, 0, 0, False)
     seconds = time.process_time() - began
-    batches = data.micro_batches(steps, 1, 1, 0)[:16]
+    batches = order.micro_batches(steps, 1, 1, 0)[:16]
     shares = [sum(batches[k::4], []) for k in range(4)]  # 1,024 rows for each of 4 workers
     private = list(
         torch.utils.data.DataLoader(

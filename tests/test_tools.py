@@ -56,13 +56,13 @@ def test_toy_data_keeps_its_rules(toy):
         answers = given[kind]
         assert asked[kind] >= 0.12 * asked.total() and len(answers) >= 4
         assert max(answers.values()) < 1.6 * answers.total() / len(answers)  # equally likely
-    pictures = Counter(len(data.image_list(r)) for r in train)
+    pictures = Counter(len(data.parse_record(r)[1]) for r in train)
     assert pictures[1] > 0.9 * len(train) and pictures[0] > 0 == pictures[2]
-    assert all(not data.image_list(r) for r in sets["reading"])
-    assert all(len(data.image_list(r)) == 1 for r in sets["captions"])
+    assert all(not data.parse_record(r)[1] for r in sets["reading"])
+    assert all(len(data.parse_record(r)[1]) == 1 for r in sets["captions"])
 
     def files(rows):
-        return {name for r in rows for name in data.image_list(r)}
+        return {name for r in rows for name in data.parse_record(r)[1]}
 
     assert sum(len(r["kinds"]) for r in held_out) >= 500
     assert not files(train + sets["captions"]) & files(held_out)
@@ -83,8 +83,8 @@ def test_shuffled_rows_ask_the_same_of_other_pictures(toy):
     )
     for asked, other in zip(rows, shuffled, strict=True):
         assert {**asked, "image": 0} == {**other, "image": 0}
-        assert len(data.image_list(asked)) == len(data.image_list(other))
-        assert not data.image_list(asked) or asked["image"] != other["image"]
+        assert len(data.parse_record(asked)[1]) == len(data.parse_record(other)[1])
+        assert not data.parse_record(asked)[1] or asked["image"] != other["image"]
 
 
 def test_drawn_shapes_are_what_the_words_say(tmp_path):
