@@ -251,13 +251,6 @@ AS_PARTS = AS_STRINGS.replace("content=all.text", "content=[{'type': 'text', 'te
 ANOTHER = "name another template, such as --version v1"
 
 
-def named_template(version: str, has_bos: bool) -> str:
-    """The Jinja template of one of LLaVA's `--version` names."""
-    system, turns = TEMPLATES[version]
-    head = SYSTEM_AND_TURNS.replace("DEFAULT", json.dumps(system))
-    return head + turns.replace("BOS", "bos_token" if has_bos else "''")
-
-
 class ChatText:
     r"""From a conversation to token ids and labels: the contract for training, chat and evaluation.
 
@@ -289,7 +282,9 @@ class ChatText:
             own = tokenizer.chat_template and tokenizer.get_chat_template()  # of several, one
             self.use_template(own)
         else:
-            self.use_template(named_template(version, bool(self.bos)))
+            system, turns = TEMPLATES[version]
+            head = SYSTEM_AND_TURNS.replace("DEFAULT", json.dumps(system))
+            self.use_template(head + turns.replace("BOS", "bos_token" if self.bos else "''"))
 
     def use_template(self, template: str | None):
         """Finds on two questions how it begins and ends an answer; ValueError if it cannot teach.

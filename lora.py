@@ -325,10 +325,8 @@ def read_config(file):
     config = {entry: value for entry, value in read_json(file).items() if value is not None}
     for entry, value in config.items():
         if value not in SUPPORTED.get(entry, [value]):
-            raise ValueError(
-                f"{file}: {entry} {value} is not supported; PEFT's merge_and_unload makes a whole "
-                "model of such an adapter"
-            )
+            advice = "PEFT's merge_and_unload makes a whole model of such an adapter"
+            raise ValueError(f"{file}: {entry} {value} is not supported; {advice}")
     return {**DEFAULTS, "target_modules": [], "modules_to_save": [], "quantized": [], **config}
 
 
@@ -339,10 +337,8 @@ def whole_paths(modules_to_save, shapes, file):
     whole = []
     for module in modules_to_save:
         if not has_head and module.rpartition(".")[2] in ("embed_tokens", "lm_head"):
-            raise ValueError(
-                f"{file}: modules_to_save has {module}, but the head of this base is tied to its "
-                "embeddings, and neither can change alone"
-            )
+            tied = "the head of this base is tied to its embeddings, and neither can change alone"
+            raise ValueError(f"{file}: modules_to_save has {module}, but {tied}")
         whole += [module] if module in known else [p for p in known if ends_with(p, module)]
     return whole
 
@@ -363,15 +359,11 @@ def check_keys(tensors, shapes, config, folder):
     for key in sorted(expected.keys() | found.keys()):
         layer = re.split(r"\.lora_|\.base_layer\.", key)[0]
         if key not in expected and layer != key:
-            raise ValueError(
-                f"{folder / CONFIG}: target_modules: {layer} has an adapter, which only a linear layer "
-                "of this base other than its head can have"
-            )
+            can = "which only a linear layer of this base other than its head can have"
+            raise ValueError(f"{folder / CONFIG}: target_modules: {layer} has an adapter, {can}")
         if expected.get(key) != found.get(key):
-            raise ValueError(
-                f"{folder}: {key} is {found.get(key, 'missing')} instead of "
-                f"{expected.get(key, 'absent')}, as this base wants it"
-            )
+            is_, should = found.get(key, "missing"), expected.get(key, "absent")
+            raise ValueError(f"{folder}: {key} is {is_} instead of {should}, as this base wants it")
 
 
 def read_adapter(folder, base=None, rename=str, model=None):

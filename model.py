@@ -195,20 +195,16 @@ def resolve(name: str | Path, hint: str = "--model_name_or_path") -> Path:
     try:
         return Path(huggingface_hub.snapshot_download(str(name), ignore_patterns=others))
     except OSError as error:
-        raise FileNotFoundError(
-            f"{hint} {name}: no such folder, and the hub does not give it: {error}"
-        ) from None
+        fault = f"no such folder, and the hub does not give it: {error}"
+        raise FileNotFoundError(f"{hint} {name}: {fault}") from None
 
 
 def read_json(path: Path) -> dict:
     """The object in a JSON file; ValueError, naming the file, where there is none."""
     try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: not a JSON object")
-    return content
+        return dict(json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: not a JSON object ({error})") from None
 
 
 def write_json(content: dict, path: Path):
@@ -264,9 +260,8 @@ def transformers_name(name: str) -> str:
 
 def is_never_run(name: str, config: LlavaConfig) -> bool:
     """Whether a tensor belongs to what stands behind the tower's layer `vision_feature_layer`."""
-    match = re.match(
-        r"vision_tower\.vision_model\.(?:encoder\.layers\.(\d+)|post_layernorm|head)\.", name
-    )
+    places = r"(?:encoder\.layers\.(\d+)|post_layernorm|head)"
+    match = re.match(rf"vision_tower\.vision_model\.{places}\.", name)
     built = config.vision_config.num_hidden_layers + 1 + config.vision_feature_layer
     return match is not None and (match[1] is None or int(match[1]) >= built)
 
@@ -299,10 +294,8 @@ def weight_files(folder: Path) -> list[Path]:
 
 def open_weights(folder: Path) -> dict:
     """{name: tensor} of a folder's weights, mapped from its files: read when they are used."""
-    tensors = {}
-    for path in weight_files(folder):
-        tensors |= open_weight_file(path)
-    return tensors
+    files = weight_files(folder)
+    return {name: tensor for file in files for name, tensor in open_weight_file(file).items()}
 
 
 def open_weight_file(path: Path) -> dict:
@@ -386,11 +379,10 @@ def check_head(language_model):
     # Equal to the bit: a soft cap or scale hardly shows on the small logits of an untrained model.
     same = torch.equal(out.logits.float(), head(out.hidden_states[-1]).float())
     if not same or head.bias is not None:
-        raise ValueError(
-            f"{language_model.config.model_type}: its logits are no plain linear of its last "
-            "hidden state (a soft cap, a scale or a bias), so a LLaVA of it would differ from what "
-            "it was trained as: take a model of Llama's kind"
+        fault = (
+            "its logits are no plain linear of its last hidden state (a soft cap, scale or bias)"
         )
+        raise ValueError(f"{language_model.config.model_type}: {fault}: take one of Llama's kind")
 
 
 def from_pretrained(folder: str | Path, dtype=None, device="cpu", quantize=None) -> Llava:
@@ -402,9 +394,8 @@ def from_pretrained(folder: str | Path, dtype=None, device="cpu", quantize=None)
     folder = resolve(folder)
     config = read_config(folder)
     if config.model_type != "llava":
-        raise ValueError(
-            f"{folder}: a {config.model_type} folder, not a LLaVA: make one with build.py"
-        )
+        kind = config.model_type
+        raise ValueError(f"{folder}: a {kind} folder, not a LLaVA: make one with build.py")
     check_config(config)
     with EmptyOnMeta():
         model = Llava(config)
@@ -469,14 +460,7 @@ def copy_side_files(source: Path, target: Path):
             (target / path.name).write_bytes(path.read_bytes())
 
 
-def save_pretrained(
-    model: Llava,
-    out: str | Path,
-    source: str | Path,
-    chat_template: str | None = None,
-    state: dict | None = None,
-    aspect_ratio: str | None = None,
-):
+def save_pretrained(model, out, source, chat_template=None, state=None, aspect_ratio=None):
     """Writes the model into the folder `out`, like `source`, the folder that it was loaded from.
 
     That one gives the dtype of each tensor, the layers of the tower that are never run, and the

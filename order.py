@@ -86,14 +86,15 @@ def loader(dataset, batches: list, collate, workers: int, pin_memory: bool = Fal
     return torch.utils.data.DataLoader(dataset, batch_sampler=batches, **options)
 
 
-def windows(plan, step: int, accumulation: int, world: int, rank: int, load):
+def windows(plan, step: int, accumulation: int, world: int, rank: int, dataset, *options):
     """This rank's micro-batches of each optimizer step from `step` on, epoch after epoch.
 
-    plan(epoch) is `plan_epoch`'s, load(batches) is `loader`'s.
+    plan(epoch) is `plan_epoch`'s; dataset and options are `loader`'s.
     """
     epoch, start = divmod(step, len(plan(0)))
     while True:
-        batches = iter(load(micro_batches(plan(epoch), accumulation, world, rank, start)))
+        micro = micro_batches(plan(epoch), accumulation, world, rank, start)
+        batches = iter(loader(dataset, micro, *options))
         yield from zip(*[batches] * accumulation)  # as many at a time
         epoch, start = epoch + 1, 0
 

@@ -82,8 +82,8 @@ NEW_ADAPTER = {
 def parse(argv) -> argparse.Namespace:
     parser = cli.Parser(description=__doc__.splitlines()[0])
     number, count, rate = cli.number, cli.number(int, 1), cli.number(float, 0, 1e3)
-    count_or_off, gpu = cli.count_or_off, torch.cuda.is_available()
-    group = parser.add_argument_group
+    count_or_off, group = cli.count_or_off, parser.add_argument_group
+    gpu, cores = torch.cuda.is_available(), cli.cores()
 
     add = group("model and data").add_argument
     add("--model_name_or_path", required=True, help="a LLaVA folder, or a hub id")
@@ -97,7 +97,7 @@ def parse(argv) -> argparse.Namespace:
     add("--on_bad_record", choices=["stop", "skip"], default="stop", help="rows that do not work")
 
     add = group("what trains").add_argument
-    add("--train_type", required=True, choices=list(TRAIN_TYPES), help="see above")
+    add("--train_type", required=True, choices=list(TRAIN_TYPES), help="projector is stage 1")
     add("--bits", type=int, choices=[16, 4], default=16, help="4: the decoder in nf4 (QLoRA)")
     add("--adapter", help="an adapter to go on from, in place of a new one")
     add("--lora_r", type=number(int, 1, 2**16), help="rank; default 128")
@@ -125,12 +125,7 @@ def parse(argv) -> argparse.Namespace:
     add("--bf16", **cli.BOOLEAN, default=gpu, help="else fp32; default where there is a GPU")
     add("--tf32", **cli.BOOLEAN, default=False, help="fp32 products of matrices in TensorFloat-32")
     add("--gradient_checkpointing", **cli.BOOLEAN, help="default: on, but not in stage 1")
-    add(
-        "--dataloader_num_workers",
-        type=number(int, 0),
-        default=min(4, cli.cores()),
-        help="processes",
-    )
+    add("--dataloader_num_workers", type=number(int, 0), default=min(4, cores), help="processes")
     add("--deepspeed", help="ds_zero2.json or ds_zero3.json, under the deepspeed launcher")
     add(
         "--offload",
@@ -326,10 +321,8 @@ def rows_a_step(args) -> int:
 # --- the loop ---
 
 
-def seed_dropout(seed: int, step: int, rank: int):
-    """A resumed run draws the same, so no generator's state is ever saved."""
-    sequence = np.random.SeedSequence([seed, step, rank])
-    torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0]))
+def seed_of(*numbers: int) -> int:
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
 
 
 class Run:
@@ -377,14 +370,10 @@ class Run:
 
     def windows(self):
         """This rank's micro-batches of each optimizer step that is left."""
-        args, engine, pin_memory = self.args, self.engine, self.device == "cuda"
+        args, engine = self.args, self.engine
         share = args.gradient_accumulation_steps, engine.world, engine.rank
-
-        def load(batches):
-            workers = args.dataloader_num_workers
-            return order.loader(self.rows, batches, self.collate, workers, pin_memory)
-
-        return order.windows(self.plan, self.progress["step"], *share, load)
+        options = self.collate, args.dataloader_num_workers, self.device == "cuda"
+        return order.windows(self.plan, self.progress["step"], *share, self.rows, *options)
 
     def validate(self):
         rows, step = self.validation, self.progress["step"]
@@ -425,9 +414,8 @@ class Run:
         if not math.isfinite(loss + norm):
             rows = [self.rows.records.where(i) for b in window for i in b["rows"] if i >= 0]
             found = f"the loss is {loss}, the norm of the gradient {norm}"
-            records = "; ".join(self.engine.gather(rows))
-            step = self.progress["step"] + 1
-            raise ValueError(f"step {step}: {found}; not saved; its records: {records}")
+            where = f"step {self.progress['step'] + 1}: {found}; not saved; its records: "
+            raise ValueError(where + "; ".join(self.engine.gather(rows)))
 
     def check_learning(self):
         """At the end of the first epoch, and of all: has it learnt from anything?"""
@@ -437,9 +425,7 @@ class Run:
         if progress["skipped"] + progress["cut"]:
             tqdm.write(f"{progress['skipped']} rows were skipped, {progress['cut']} cut short")
         if not progress["supervised"]:
-            fault = (
-                f"after {step} steps the model has learnt from no token, as no row could be used"
-            )
+            fault = f"after {step} steps it has learnt from no token, as no row could be used"
             raise ValueError(f"{self.args.data_path}: {fault}: `python check.py` says why")
 
 
@@ -488,7 +474,8 @@ def train(run: Run, args, signals: list) -> int:
         totals = engine.sum(*order.numbers_of(window), asked)
         supervised, tokens, padded, rows, cut, skipped, stopping = totals
 
-        seed_dropout(args.seed, progress["step"], engine.rank)
+        # Dropout: a resumed run draws the same, so no generator's state is ever saved.
+        torch.manual_seed(seed_of(args.seed, progress["step"], engine.rank))
         sums = torch.zeros(2, dtype=torch.float64, device=run.device)  # loss, tokens right
         for i, batch in enumerate(window):
             inputs = (batch[key].to(run.device) for key in ("input_ids", "pixel_values", "labels"))
@@ -502,8 +489,8 @@ def train(run: Run, args, signals: list) -> int:
         run.check_finite(loss, norm, window)
 
         step = progress["step"] = progress["step"] + 1
-        for name, number in (("supervised", supervised), ("cut", cut), ("skipped", skipped)):
-            progress[name] += int(number)
+        for name, more in (("supervised", supervised), ("cut", cut), ("skipped", skipped)):
+            progress[name] += int(more)
         lr = max(group["lr"] for group in engine.optimizer.param_groups)
         metrics = {"step": step, "epoch": step / run.per_epoch, "loss": loss, "lr": lr}
         metrics |= {"token_accuracy": right, "grad_norm": norm}
@@ -531,10 +518,8 @@ def train(run: Run, args, signals: list) -> int:
         report.dry_run(durations, run.plan(0), lengths, run.total, run.device)
         return 0
     if stopping and progress["step"] < run.total:
-        print(
-            f"stopped after step {progress['step']} of {run.total}: the same command goes on,\n"
-            "train.py's with --resume_from_checkpoint latest"
-        )
+        print(f"stopped after step {progress['step']} of {run.total}: the same command goes on,")
+        print("train.py's with --resume_from_checkpoint latest")
         return 3
     run.keep("final")
     report.last_words(vars(args), progress["step"], run.total, progress["evaluations"])
