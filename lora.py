@@ -238,7 +238,7 @@ SUPPORTED = {
 
 def read_json(file):
     try:
-        return dict(json.loads(file.read_text()))
+        return {} | json.loads(file.read_text())  # a TypeError for a list
     except (ValueError, TypeError) as error:
         raise ValueError(f"{file} is not a JSON object: {error}") from None
 

@@ -202,7 +202,7 @@ def resolve(name: str | Path, hint: str = "--model_name_or_path") -> Path:
 def read_json(path: Path) -> dict:
     """The object in a JSON file; ValueError, naming the file, where there is none."""
     try:
-        return dict(json.loads(path.read_text()))
+        return {} | json.loads(path.read_text())  # a TypeError for a list
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: not a JSON object ({error})") from None
 
