@@ -54,18 +54,26 @@ import train
 from data import IGNORE, IMAGE, ChatText, PictureTransform
 
 
+README = (HERE / "README.md").read_text()
+
+
 def test_the_formatter_changes_nothing():
     command = [sys.executable, "-m", "ruff", "format", "--check", "--no-cache", HERE]
     assert subprocess.run(command).returncode == 0
 
 
-def test_libraries_import_nothing_of_the_project():
-    """And so each of them works alone; the others import one way only."""
-    ours = {path.stem for path in HERE.glob("*.py")}
-    for name in ("data", "model", "lora", "fast", "checkpoint", "cli"):
+LIBRARIES = ["data", "model", "lora", "fast", "checkpoint", "cli", "order"]  # nothing of the project
+OTHERS = ["engines", "ranks", "evaluate", "report", "merge", "build", "check", "okvqa", "chat"]
+
+
+def test_imports_run_one_way_only():
+    """And so each library works alone."""
+    files = [*LIBRARIES, *OTHERS, "train", "toy", "bench"]
+    assert sorted(files) == sorted(path.stem for path in HERE.glob("*.py") if "test" not in path.name)
+    for n, name in enumerate(files):
         source = (HERE / f"{name}.py").read_text()
-        imported = re.findall(r"^\s*(?:import|from) (\w+)", source, re.M)
-        assert not ours & set(imported), name
+        imported = set(re.findall(r"^\s*(?:import|from) (\w+)", source, re.M)) & set(files)
+        assert imported <= set(files[:n] if n >= len(LIBRARIES) else []), name
 
 
 ALONE = {  # ten lines each that know nothing of the other files, and what they print
@@ -274,8 +282,18 @@ def test_every_run_sh_line_of_the_readme_starts_what_it_says(shell, tmp_path):
         assert len(set(found)) == many + ("PRETRAIN_DATA" in command) * many, command
 
 
+def test_the_four_core_files_are_as_short_as_promised():
+    claim = re.search(r"([\d,]+) lines without the blank ones: (.*)\.", README)
+    files = [line for name in re.findall(r"`(\w+\.py)`", claim[2]) for line in open(HERE / name)]
+    assert claim[2].count("`") == 8  # the four
+    assert sum(not line.isspace() for line in files) <= int(claim[1].replace(",", ""))
+
+
 def readme_commands():
-    text = (HERE / "README.md").read_text() + (HERE / "bench.md").read_text()
+    """Those of README.md and bench.md, and cluster.md's recipes; test_cluster.py has its others."""
+    recipes = (HERE / "cluster.md").read_text().split("\n## ")[1]
+    assert recipes.startswith("Recipes")
+    text = README + recipes + (HERE / "bench.md").read_text()
     text = text.replace("\\\n", " ")
     return [
         line.split(None, 1) for line in re.findall(r"^    ((?:python|deepspeed) .*)$", text, re.M)
@@ -299,7 +317,7 @@ def test_every_command_of_the_readme_runs(world, tmp_path, monkeypatch, capsys):
     for name, source in (
         ("chat", "captions"),
         ("blip_laion_cc_sbu_558k", "captions"),
-        ("instruct", "rows"),
+        ("train", "rows"),
         ("llava_v1_5_mix665k", "rows"),
         ("validation", "rows"),
     ):
@@ -354,9 +372,6 @@ def test_every_command_of_the_readme_runs(world, tmp_path, monkeypatch, capsys):
     }
 
 
-README = (Path(data.__file__).parent / "README.md").read_text()
-
-
 def snippet(before):
     """The indented lines of the README that follow a sentence."""
     lines = README[README.index(before) + len(before) :].lstrip("\n").splitlines()
@@ -388,7 +403,7 @@ def test_the_readmes_snippets_make_rows(tmp_path, monkeypatch):
         {"role": "user", "content": f"{IMAGE}\nWhat?"},
         {"role": "assistant", "content": "A frog."},
     ]
-    for before in ("Rows out of Hugging Face `datasets`:", "`question` and `answer`:"):
+    for before in ("out of Hugging Face `datasets`:", "`question` and `answer`:"):
         parsed, _ = run_snippet(tmp_path, before)
         assert parsed == [(wanted, ["0.png"])]
         assert [data.parse_record(r) for r in json.loads(Path("train.json").read_text())] == parsed
