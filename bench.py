@@ -1,13 +1,14 @@
 """Speed and memory of this project, side by side with what people use instead.
 
 The peer is transformers' LlavaForConditionalGeneration with its Trainer, adamw_torch and PEFT's
-defaults, without checkpointing. Both sides get the same model folder, batches, precision, learning
-rates and, for LoRA, the same adapter to start from; each runs in its own process, in turn (ours,
-peer, ours, peer ..), and the medians count. The loss after the same steps stands beside the speed,
-so that no speed is bought with wrong numbers (dropout draws differently on the two sides).
+defaults, without checkpointing; `plain` is this project without fast.py. All sides get the same
+model folder, batches, precision, learning rates and, for LoRA, the same adapter to start from; each
+runs in its own process, in turn (ours, peer, ours, peer ..), and the medians count. The loss after
+the same steps stands beside the speed, so that no speed is bought with wrong numbers (dropout draws
+differently on the two sides).
 
     python bench.py --shape tiny                          two minutes on two cores
-    python bench.py --shape 135m --json bench.json        an hour; adds to what bench.json holds
+    python bench.py --shape 135m --dtype bf16             an hour; the table of bench.md
     python bench.py --shape 135m --cases use_lora --peers --micro_batch 1 4 16 --mix 600 1200 2048
     python bench.py --shape 7b --cases use_lora qlora --micro_batch 16 --steps 8 --gradient_checkpointing
         --peers checkpointing    on a GPU, with 30 GB of disk; cluster.md has what it must show
@@ -30,13 +31,15 @@ import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
+import transformers
 from torch.nn.utils.rnn import pad_sequence
-from transformers.utils import logging as transformers_logging
 
 import cli
 import data
 import evaluate
+import fast
 import lora
 import model as llava
 import order
@@ -55,8 +58,10 @@ CASES = {
     "evaluate": ([], []),
     "generate": ([], []),
 }
-PEERS = ["peer", "checkpointing", "fp32_folder"]
-SHAPES = {  # language model: width, layers, heads, key-value heads, MLP, vocabulary; then the tower
+PEERS = ["peer", "plain", "checkpointing", "fp32_folder"]
+TEXT = "hidden_size num_hidden_layers num_attention_heads num_key_value_heads intermediate_size"
+TOWER = "hidden_size num_hidden_layers num_attention_heads intermediate_size"
+SHAPES = {  # the language model's TEXT and vocabulary, the TOWER's
     "tiny": None,
     "135m": ((576, 30, 9, 3, 1536, 49152), (768, 12, 12, 3072)),
     "7b": ((4096, 32, 32, 32, 11008, 32064), (1024, 24, 16, 4096)),
@@ -68,77 +73,56 @@ RATE, LORA = "2e-4", {"r": 128, "alpha": 256, "dropout": 0.05}
 # --- what both sides get ---
 
 
+def device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def make_model(shape: str, dtype, out: Path):
     """A LLaVA folder with random weights, of 336 pixels and 576 tokens a picture."""
-    from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
-
     toy.make_model(out / "tiny", toy.toy_words(200))
     if not SHAPES[shape]:
         return out / "tiny"
-    (width, layers, heads, kv_heads, mlp, words), tower = SHAPES[shape]
+    sizes, tower = SHAPES[shape]
+    text = dict(zip([*TEXT.split(), "vocab_size"], sizes)) | {"max_position_embeddings": 4096}
+    text = transformers.LlamaConfig(**text, tie_word_embeddings=shape == "135m")
+    vision = dict(zip(TOWER.split(), tower)) | {"image_size": 336, "patch_size": 14}
+    vision = transformers.CLIPVisionConfig(**vision)
     torch.manual_seed(0)
     torch.set_default_dtype(dtype)
-    torch.set_default_device("cuda" if torch.cuda.is_available() else "cpu")  # draws 7B in seconds
-    text = LlamaForCausalLM(
-        LlamaConfig(
-            hidden_size=width,
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            vocab_size=words,
-            num_key_value_heads=kv_heads,
-            intermediate_size=mlp,
-            max_position_embeddings=4096,
-            tie_word_embeddings=shape == "135m",
-        )
-    )
-    vision = CLIPVisionModel(
-        CLIPVisionConfig(
-            hidden_size=tower[0],
-            num_hidden_layers=tower[1],
-            num_attention_heads=tower[2],
-            intermediate_size=tower[3],
-            image_size=336,
-            patch_size=14,
-        )
-    )
+    with torch.device(device()):  # a GPU draws 7B in seconds
+        transformers.LlamaForCausalLM(text).save_pretrained(out / "text")
+        transformers.CLIPVisionModel(vision).save_pretrained(out / "vision")
     torch.set_default_dtype(torch.float32)
-    torch.set_default_device(None)
-    for part, name in ((text, "text"), (vision, "vision")):
-        part.save_pretrained(out / name)
     tokenizer = llava.open_tokenizer(out / "tiny")  # that of the tiny model: words do not matter
     tokenizer.save_pretrained(out / "text")
     build(out / "vision", out / "text", out / "model")
     return out / "model"
 
 
+def turns_of(mix: str, rng) -> list[tuple]:
+    """The words of each question and answer of a row."""
+    if mix == "caption":
+        return [(1, rng.randint(6, 14))]
+    if mix.isdigit():
+        return [(1, int(mix) - 590)]
+    return [(rng.randint(4, 14), rng.randint(1, 40)) for _ in range(rng.randint(1, 4))]
+
+
 def make_rows(mix: str, rows: int, out: Path):
     """Random rows with one picture each: a short caption, questions and answers, or, where `mix` is
     a number, about that many tokens.
     """
-    rng = random.Random(0)
+    rng, noise = random.Random(0), np.random.default_rng(0)
     (out / "images").mkdir(exist_ok=True)
-
-    def words(count):
-        return " ".join(rng.choice(["red", "blue", "circle", "one", "left"]) for _ in range(count))
-
     records = []
     for i in range(rows):
-        noise = torch.randint(
-            0, 255, (480, 640, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(i)
-        )
-        data.Image.fromarray(noise.numpy()).save(out / f"images/{i}.jpg")
-        turns = (
-            [(1, rng.randint(6, 14))]
-            if mix == "caption"
-            else [(rng.randint(4, 14), rng.randint(1, 40)) for _ in range(rng.randint(1, 4))]
-        )
-        if mix.isdigit():
-            turns = [(1, int(mix) - 590)]
-        said = [
-            {"from": who, "value": words(n)}
-            for turn in turns
-            for who, n in zip(("human", "gpt"), turn)
-        ]
+        pixels = noise.integers(0, 255, (480, 640, 3), dtype=np.uint8)
+        data.Image.fromarray(pixels).save(out / f"images/{i}.jpg")
+        said = []
+        for turn in turns_of(mix, rng):
+            for who, count in zip(("human", "gpt"), turn):
+                words = rng.choices(["red", "blue", "circle", "one", "left"], k=count)
+                said.append({"from": who, "value": " ".join(words)})
         said[0]["value"] = f"{data.IMAGE}\n" + said[0]["value"]
         records.append({"id": str(i), "image": f"{i}.jpg", "conversations": said})
     (out / f"{mix}.json").write_text(json.dumps(records))
@@ -155,40 +139,23 @@ def make_adapter(folder: Path, out: Path):
 
 def flags_of(job: dict) -> list[str]:
     """The flags of train.py for a job: what one side runs in one process."""
-    flags, _ = CASES[job["case"]]
-    rows, lora_flags = str(Path(job["work"]) / f"{job['mix']}.json"), []
-    if "use_lora" in flags:
-        lora_flags = ["--adapter", str(Path(job["work"]) / "adapter")]
-    more = ["--data_path", rows, "--output_dir", job["out"], "--max_steps", str(job["steps"])]
-    return [
-        *flags,
-        *lora_flags,
-        *more,
-        "--model_name_or_path",
-        job["model"],
+    work, (flags, _) = Path(job["work"]), CASES[job["case"]]
+    adapter = ["--adapter", str(work / "adapter")] if "use_lora" in flags else []
+    paths = [
+        "--data_path",
+        str(work / f"{job['mix']}.json"),
         "--image_folder",
-        str(Path(job["work"]) / "images"),
-        "--learning_rate",
-        RATE,
-        "--mm_projector_lr",
-        RATE,
-        "--lr_scheduler_type",
-        "constant",
-        "--warmup_ratio",
-        "0",
-        "--per_device_train_batch_size",
-        str(job["micro_batch"]),
-        "--save_steps",
-        "-1",
-        "--model_max_length",
-        "4096",
-        "--gradient_checkpointing",
-        str(job["gradient_checkpointing"]),
-        "--bf16",
-        str(job["dtype"] == "bf16"),
-        "--dataloader_num_workers",
-        str(job["workers"]),
+        str(work / "images"),
     ]
+    paths += ["--model_name_or_path", job["model"], "--output_dir", job["out"]]
+    more = (
+        f"--max_steps {job['steps']} --per_device_train_batch_size {job['micro_batch']} "
+        f"--learning_rate {RATE} --mm_projector_lr {RATE} --lr_scheduler_type constant "
+        f"--warmup_ratio 0 --save_steps -1 --model_max_length 4096 --bf16 {job['dtype'] == 'bf16'} "
+        f"--gradient_checkpointing {job['gradient_checkpointing']} "
+        f"--dataloader_num_workers {job['workers']}"
+    )
+    return [*flags, *adapter, *paths, *more.split()]
 
 
 # --- the work in a step ---
@@ -196,19 +163,12 @@ def flags_of(job: dict) -> list[str]:
 
 def count_weights(model) -> list[tuple]:
     """(weights that multiply, those of them that train) of tower, projector, decoder and head."""
+    decoder, head = model.language_model.base_model, model.language_model.get_output_embeddings()
     counts = []
-    for part in (
-        model.vision_tower,
-        model.multi_modal_projector,
-        model.language_model.base_model,
-        model.language_model.get_output_embeddings(),
-    ):
-        weights = [
-            w
-            for m in part.modules()
-            for w in m.parameters(recurse=False)
-            if lora.true_shape(w)[1:] and not isinstance(m, torch.nn.Embedding)
-        ]
+    for part in (model.vision_tower, model.multi_modal_projector, decoder, head):
+        modules = [m for m in part.modules() if not isinstance(m, torch.nn.Embedding)]
+        weights = [w for m in modules for w in m.parameters(recurse=False)]
+        weights = [w for w in weights if len(lora.true_shape(w)) > 1]
         counts.append((lora.count(weights), lora.count(w for w in weights if w.requires_grad)))
     return counts
 
@@ -223,13 +183,12 @@ def count_flops(model, weights: list[tuple], input_ids, pixel_values, labels) ->
     tower, decoder = model.vision_tower.vision_model.config, model.config.text_config
     patches = model.vision_tower.vision_model.embeddings.num_positions  # with CLIP's CLS
     supervised = (labels >= 0).sum().item()
-    parts = [  # tokens, operations of attention's two products (half of them if causal)
-        (
-            pictures * patches,
-            4 * pictures * patches**2 * tower.hidden_size * tower.num_hidden_layers,
-        ),
+    looks = 4 * pictures * patches**2 * tower.hidden_size * tower.num_hidden_layers
+    reads = 2 * rows * width**2 * decoder.hidden_size * decoder.num_hidden_layers  # causal: half
+    parts = [  # tokens, operations of attention's two products
+        (pictures * patches, looks),
         (pictures * model.tokens_per_picture, 0),
-        (rows * width, 2 * rows * width**2 * decoder.hidden_size * decoder.num_hidden_layers),
+        (rows * width, reads),
         (supervised, 0),
     ]
     total, gradient = 0, False
@@ -253,62 +212,51 @@ def open_rows(job: dict, version: str = "own") -> data.LlavaDataset:
 
 def run_ours(job: dict) -> dict:
     """Seconds and losses of each step: of train.py itself, as anyone would start it."""
-    load_model, flops = train.load_model, []
+    load_model, enable, flops = train.load_model, fast.enable, []
 
     def load_and_count(*args):
         model = load_model(*args)
         weights = count_weights(model)
-        model.register_forward_pre_hook(
-            lambda _, batch: flops.append(count_flops(model, weights, *batch))
-        )
+        count = lambda _, batch: flops.append(count_flops(model, weights, *batch))
+        model.register_forward_pre_hook(count)
         return model
 
     train.load_model = load_and_count
-    status, train.load_model = train.main(flags_of(job)), load_model
+    fast.enable = enable if job["side"] == "ours" else lambda model: model
+    status = train.main(flags_of(job))
+    train.load_model, fast.enable = load_model, enable
     assert status == 0
     lines = (Path(job["out"]) / "metrics.jsonl").read_text().splitlines()
-    steps = [json.loads(line) for line in lines]
-    rows = job["micro_batch"]
+    steps, rows = [json.loads(line) for line in lines], job["micro_batch"]
     return {
         "seconds": [rows / step["samples_per_s"] for step in steps],
         "tokens": [rows * step["tokens_per_s"] / step["samples_per_s"] for step in steps],
         "flops": flops,
         "losses": [step["loss"] for step in steps],
-        "waiting": statistics.median(step["waiting"] for step in steps[1:] or steps),
     }
 
 
-def with_mask(collate):
+def masked(batch: dict) -> dict:
     """A batch as transformers' collators make it: with a mask, and nothing of ours."""
-
-    def collate_rows(rows):
-        batch = collate(rows)
-        lengths, width = torch.tensor(batch["lengths"]), batch["input_ids"].shape[1]
-        mask = (torch.arange(width)[None] < lengths[:, None]).long()  # (B, T)
-        return {
-            "attention_mask": mask,
-            **{key: batch[key] for key in ("input_ids", "labels", "pixel_values")},
-        }
-
-    return collate_rows
+    lengths, width = torch.tensor(batch["lengths"]), batch["input_ids"].shape[1]
+    mask = (torch.arange(width)[None] < lengths[:, None]).long()  # (B, T)
+    kept = {key: batch[key] for key in ("input_ids", "labels", "pixel_values")}
+    return kept | {"attention_mask": mask}
 
 
 def open_peer(job: dict):
     """transformers' LLaVA, with what trains set, PEFT where the case is LoRA."""
     from peft import PeftModel, prepare_model_for_kbit_training
-    from transformers import BitsAndBytesConfig, LlavaForConditionalGeneration
 
     flags, trained = CASES[job["case"]]
     options = {"dtype": torch.float32 if job["side"] == "fp32_folder" else DTYPES[job["dtype"]]}
     if job["case"] == "qlora":
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=DTYPES[job["dtype"]],
-            llm_int8_skip_modules=["model.vision_tower", "model.multi_modal_projector", "lm_head"],
-        )
-    model = LlavaForConditionalGeneration.from_pretrained(job["model"], **options)
+        parts = ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
+        nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+        nf4 |= {"bnb_4bit_compute_dtype": options["dtype"], "llm_int8_skip_modules": parts}
+        packed = transformers.BitsAndBytesConfig(load_in_4bit=True, **nf4)
+        options["quantization_config"] = packed
+    model = transformers.LlavaForConditionalGeneration.from_pretrained(job["model"], **options)
     if job["case"] == "qlora":
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     if "use_lora" in flags:
@@ -320,98 +268,82 @@ def open_peer(job: dict):
 
 def run_peer(job: dict) -> dict:
     """The same steps by transformers' Trainer."""
-    from transformers import Trainer, TrainerCallback, TrainingArguments
-
     args, model, times = train.parse(flags_of(job)), open_peer(job), []
     rows = open_rows(job, args.version)
     plan = order.plan_epoch(rows.records, job["micro_batch"], args.seed, 0, False)
-    collate = with_mask(data.Collator(rows.image_token_id, rows.tokens_per_picture))
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    collator = data.Collator(rows.image_token_id, rows.tokens_per_picture)
 
-    class SameBatches(Trainer):
+    class SameBatches(transformers.Trainer):
         def get_train_dataloader(self):
             batches = order.micro_batches(plan, 1, 1, 0)
-            return order.loader(rows, batches, collate, job["workers"], device == "cuda")
+            collate = lambda some: masked(collator(some))
+            return order.loader(rows, batches, collate, job["workers"], device() == "cuda")
 
-    class Clock(TrainerCallback):
+    class Clock(transformers.TrainerCallback):
         def on_step_end(self, *_, **__):
             times.append(time.perf_counter())
 
-    trainer = SameBatches(
-        model,
-        TrainingArguments(
-            job["out"],
-            max_steps=job["steps"],
-            per_device_train_batch_size=job["micro_batch"],
-            learning_rate=float(RATE),
-            lr_scheduler_type="constant",
-            optim="adamw_torch",
-            bf16=job["dtype"] == "bf16",
-            use_cpu=device == "cpu",
-            report_to="none",
-            logging_steps=1,
-            gradient_checkpointing=job["side"] == "checkpointing",
-            save_strategy="no",
-            gradient_checkpointing_kwargs={"use_reentrant": False},
-            disable_tqdm=True,
-        ),
-        train_dataset=rows,
-        callbacks=[Clock()],
-    )
+    options = {"max_steps": job["steps"], "per_device_train_batch_size": job["micro_batch"]}
+    options |= {"learning_rate": float(RATE), "lr_scheduler_type": "constant"}
+    options |= {"optim": "adamw_torch", "bf16": job["dtype"] == "bf16"}
+    options |= {"gradient_checkpointing": job["side"] == "checkpointing"}
+    options |= {"gradient_checkpointing_kwargs": {"use_reentrant": False}}
+    options |= {"use_cpu": device() == "cpu", "report_to": "none", "save_strategy": "no"}
+    options |= {"logging_steps": 1, "disable_tqdm": True}
+    options = transformers.TrainingArguments(job["out"], **options)
+    trainer = SameBatches(model, options, train_dataset=rows, callbacks=[Clock()])
     times.append(time.perf_counter())
     trainer.train()
     return {
-        "seconds": [b - a for a, b in zip(times, times[1:])],
+        "seconds": [after - before for before, after in itertools.pairwise(times)],
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
     }
 
 
-def answers_of(model, batch: dict, text, ours: bool, device) -> list[str]:
+def answers_of(model, batch: dict, text, peer: bool) -> list[str]:
     """Greedy answers to the first question of each row: of our model, or of transformers'."""
     starts = [(labels != data.IGNORE).nonzero()[0].item() for labels in batch["labels"]]
     prompts = [ids[:start] for ids, start in zip(batch["input_ids"], starts)]
-    masks = [torch.ones_like(ids) for ids in prompts]
-    ids, mask = (
-        pad_sequence(rows, batch_first=True, padding_side="left").to(device)
-        for rows in (prompts, masks)
-    )
-    pixels, options = batch["pixel_values"].to(device), {"max_new_tokens": 16, "do_sample": False}
-    if ours:
-        new = model.generate(ids, pixels, mask, text.stop_ids, **options)
-    else:
+    left = {"batch_first": True, "padding_side": "left"}
+    ids = pad_sequence(prompts, **left).to(device())
+    mask = pad_sequence([torch.ones_like(some) for some in prompts], **left).to(device())
+    pixels, options = batch["pixel_values"].to(device()), {"max_new_tokens": 16, "do_sample": False}
+    if peer:
         options |= {"eos_token_id": text.stop_ids, "pad_token_id": text.stop_ids[0]}
         new = model.generate(input_ids=ids, pixel_values=pixels, attention_mask=mask, **options)
         new = new[:, ids.shape[1] :]
+    else:
+        new = model.generate(ids, pixels, mask, text.stop_ids, **options)
     return text.tokenizer.batch_decode(new, skip_special_tokens=True)
+
+
+def loss_of(model, batch: dict, peer: bool) -> float:
+    if peer:
+        return model(**{key: x.to(device()) for key, x in masked(batch).items()}).loss.item()
+    inputs = (batch[key].to(device()) for key in ("input_ids", "pixel_values", "labels"))
+    loss, _ = model(*inputs)
+    return (loss / (batch["labels"] >= 0).sum()).item()
 
 
 @torch.no_grad()
 def run_without_training(job: dict) -> dict:
     """Seconds of each batch, and the loss over its rows or the answers to its questions."""
-    ours, device = job["side"] == "ours", "cuda" if torch.cuda.is_available() else "cpu"
-    source, size = Path(job["model"]), job["micro_batch"]
-    dataset = open_rows(job)
-    if ours:
-        model = evaluate.open_model(source, dtype=DTYPES[job["dtype"]], device=device)
+    peer, size, rows = job["side"] not in ("ours", "plain"), job["micro_batch"], open_rows(job)
+    if peer:
+        model = open_peer(job).to(device())
     else:
-        model = open_peer(job).to(device)
-    model.eval()
-    collate = data.Collator(dataset.image_token_id, dataset.tokens_per_picture)
-    batches = [range(i, i + size) for i in range(0, len(dataset) - size + 1, size)]
-    loader = order.loader(dataset, batches, collate, job["workers"], device == "cuda")
+        model = evaluate.open_model(Path(job["model"]), dtype=DTYPES[job["dtype"]], device=device())
+    model = fast.enable(model.eval()) if job["side"] == "ours" else model.eval()
+    collate = data.Collator(rows.image_token_id, rows.tokens_per_picture)
+    batches = [range(i, i + size) for i in range(0, len(rows) - size + 1, size)]
+    loader = order.loader(rows, batches, collate, job["workers"], device() == "cuda")
     seconds, results = [], []
     for batch in itertools.islice(loader, job["steps"]):
         began = time.perf_counter()
         if job["case"] == "generate":
-            results += answers_of(model, batch, dataset.text, ours, device)
-        elif ours:
-            loss, _ = model(
-                *(batch[key].to(device) for key in ("input_ids", "pixel_values", "labels"))
-            )
-            results.append((loss / (batch["labels"] >= 0).sum()).item())
+            results += answers_of(model, batch, rows.text, peer)
         else:
-            inputs = with_mask(lambda batch: batch)(batch)
-            results.append(model(**{k: v.to(device) for k, v in inputs.items()}).loss.item())
+            results.append(loss_of(model, batch, peer))
         seconds.append(time.perf_counter() - began)
     return {"seconds": seconds, "losses": results}
 
@@ -420,35 +352,31 @@ def run_without_training(job: dict) -> dict:
 
 
 def run(job: dict) -> dict:
-    """What one side does in a process of its own: medians over steps, without the first of them."""
+    """What one side does in a process of its own."""
     with tempfile.TemporaryDirectory(dir=job["work"]) as out:
-        result = subprocess.run(
-            [sys.executable, __file__, "--job", json.dumps(job | {"out": f"{out}/run"})],
-            stdout=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"TQDM_DISABLE": "1"},
-        )
-    if result.returncode:
-        raise RuntimeError(f"{job}: exit status {result.returncode}")
+        command = [sys.executable, __file__, "--job", json.dumps(job | {"out": f"{out}/run"})]
+        quiet = os.environ | {"TQDM_DISABLE": "1"}
+        result = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=quiet, check=True)
     return json.loads(result.stdout.splitlines()[-1])
 
 
 def run_job(job: dict) -> dict:
     """In that process: the job's result, and the most memory that it held."""
-    transformers_logging.set_verbosity_error()
+    transformers.utils.logging.set_verbosity_error()
     torch.manual_seed(0)
     if job["case"] in ("evaluate", "generate"):
         result = run_without_training(job)
+    elif job["side"] in ("ours", "plain"):
+        result = run_ours(job)
     else:
-        result = (run_ours if job["side"] == "ours" else run_peer)(job)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return result | {"peak_gib": report.peak(device)["peak_gib"]}
+        result = run_peer(job)
+    return result | {"peak_gib": report.peak(device())["peak_gib"]}
 
 
 def best_rate(dtype, n: int) -> float:
     """FLOP/s of the best of ten products of n x n matrices."""
-    device, seconds = "cuda" if torch.cuda.is_available() else "cpu", []
-    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    a, b = (torch.randn(n, n, device=device()).to(dtype) for _ in range(2))
+    seconds = []
     for _ in range(10):
         began = time.perf_counter()
         (a @ b)[0, 0].item()  # waits for a GPU, too
@@ -456,150 +384,88 @@ def best_rate(dtype, n: int) -> float:
     return 2 * n**3 / min(seconds)
 
 
-def summarise(runs: list[dict], rate: float) -> list[dict]:
-    """A line of the table for each case, side, mix and size, from all its runs."""
-    groups = {}
-    for run in runs:
-        key = tuple(run["job"][name] for name in ("case", "mix", "micro_batch", "side"))
-        groups.setdefault(key, []).append(run)
-    lines = []
-    for (case, mix, rows, side), found in groups.items():
-        ours = groups.get((case, mix, rows, "ours"), found)
-        # A step's seconds: the median over steps but the first, then over runs.
-        seconds = statistics.median(
-            statistics.median(r["seconds"][1:] or r["seconds"]) for r in found
-        )
-        peak = statistics.median(r["peak_gib"] for r in found)
-        line = {
-            "case": case,
-            "mix": mix,
-            "micro_batch": rows,
-            "side": side,
-            "runs": len(found),
-            "samples_per_s": rows / seconds,
-            "peak_gib": peak,
-            "last": found[-1]["losses"][-1],
-            "waiting": found[-1].get("waiting"),
-        }
-        if "tokens" in ours[0]:
-            tokens, flops = (
-                statistics.median(ours[0][name][1:] or ours[0][name])
-                for name in ("tokens", "flops")
-            )
-            line |= {"tokens_per_s": tokens / seconds, "rate": flops / seconds / rate}
-        lines.append(line)
-    first = {(x["case"], x["mix"], x["micro_batch"]): x for x in lines if x["side"] == "ours"}
-    for line in lines:
-        ours = first.get((line["case"], line["mix"], line["micro_batch"]))
-        if ours and ours is not line:  # ours is so many times faster, in that share of the memory
-            line["speed_ratio"] = ours["samples_per_s"] / line["samples_per_s"]
-            line["memory_ratio"] = ours["peak_gib"] / line["peak_gib"]
-    return lines
+def middle(runs: list[dict], name: str) -> float:
+    """The median over steps but the first, then over runs."""
+    return statistics.median(statistics.median(run[name][1:] or run[name]) for run in runs)
+
+
+def line_of(ours: list[dict], beside: list[dict], rate: float) -> dict:
+    """What the table shows of our runs, and of another side's beside them (or nothing)."""
+    job, seconds = ours[0]["job"], middle(ours, "seconds")
+    line = {"case": job["case"], "rows": f"{job['mix']} x {job['micro_batch']}"}
+    line["samples/s"] = f"{job['micro_batch'] / seconds:.3f}"
+    peak = statistics.median(run["peak_gib"] for run in ours)
+    line |= {"peak GiB": f"{peak:.2f}", "tokens/s": "", "rate": ""}
+    if "flops" in ours[0]:
+        line["tokens/s"] = f"{middle(ours, 'tokens') / seconds:.1f}"
+        line["rate"] = f"{middle(ours, 'flops') / seconds / rate:.0%}"
+    line |= {"beside": "", "faster": "", "memory": "", "last loss or answer": last_of(ours)}
+    if beside:
+        other = statistics.median(run["peak_gib"] for run in beside)
+        line["beside"] = beside[0]["job"]["side"]
+        line["faster"] = f"{middle(beside, 'seconds') / seconds:.2f}"
+        line["memory"] = f"{peak / other:.2f}"
+        line["last loss or answer"] += f", {last_of(beside)}"
+    return line
+
+
+def last_of(runs: list[dict]) -> str:
+    last = runs[-1]["losses"][-1]
+    return last[:20] if isinstance(last, str) else f"{last:.5f}"
 
 
 def show(lines: list[dict]):
-    """Prints the table."""
-    print(
-        f"{'case':<11}{'rows':<14}{'B':>3}  {'side':<14}{'samples/s':>10}{'tokens/s':>10}"
-        f"{'peak GiB':>10}{'rate':>7}{'speed':>8}{'memory':>8}  last loss or answer"
-    )
-    for x in lines:
-        cells = [f"{x['samples_per_s']:10.3f}"] + [
-            f"{x[name]:{form}}" if x.get(name) is not None else " " * int(form.split(".")[0])
-            for name, form in (
-                ("tokens_per_s", "10.1f"),
-                ("peak_gib", "10.2f"),
-                ("rate", "7.1%"),
-                ("speed_ratio", "8.2f"),
-                ("memory_ratio", "8.2f"),
-            )
-        ]
-        last = x["last"] if isinstance(x["last"], str) else f"{x['last']:.5f}"
-        print(
-            f"{x['case']:<11}{x['mix']:<14}{x['micro_batch']:>3}  {x['side']:<14}"
-            + "".join(cells)
-            + f"  {last[:40]}"
-        )
+    """Prints them as a table in Markdown."""
+    print(f"| {' | '.join(lines[0])} |\n|{'---|' * len(lines[0])}")
+    for line in lines:
+        print(f"| {' | '.join(line.values())} |", flush=True)
 
 
 def parse(argv):
-    parser = Parser(description=__doc__.splitlines()[0])
-    add = parser.add_argument
+    parser, bf16 = Parser(description=__doc__.splitlines()[0]), torch.cuda.is_available()
+    add, mixes = parser.add_argument, ["caption", "instruction"]
     add("--shape", choices=list(SHAPES), default="tiny", help="which model")
     add("--cases", nargs="+", choices=list(CASES), default=list(CASES), help="what it does")
     add("--peers", nargs="*", choices=PEERS, default=PEERS[:1], help="none: ours alone")
-    add(
-        "--mix",
-        nargs="+",
-        default=["caption", "instruction"],
-        help="rows: caption, instruction, or a number of tokens",
-    )
+    add("--mix", nargs="+", default=mixes, help="rows: caption, instruction, or a number of tokens")
     add("--micro_batch", nargs="+", type=int, default=[4], help="rows of a step; of generate, too")
     add("--steps", type=int, default=4, help="steps of a run; the first does not count")
     add("--rounds", type=int, default=3, help="runs of each side")
-    add(
-        "--dtype",
-        choices=list(DTYPES),
-        default="bf16" if torch.cuda.is_available() else "fp32",
-        help="bf16 is what a GPU, or a CPU with AMX, is for",
-    )
-    add(
-        "--gradient_checkpointing",
-        action="store_true",
-        help="ours; the peer's is --peers checkpointing",
-    )
+    add("--dtype", choices=list(DTYPES), default="bf16" if bf16 else "fp32", help="of the products")
+    add("--gradient_checkpointing", action="store_true", help="ours; --peers checkpointing: theirs")
     add("--workers", type=int, default=2, help="processes that prepare batches")
     add("--product", type=int, default=4096, help="side of the matrices that tell the rate")
-    add("--json", help="file of results; those that it holds already count too")
     add("--work", help="folder for model and rows, kept and used again; default: a temporary one")
     add("--job", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     for mix in args.mix:
-        if mix not in ("caption", "instruction") and not mix.isdigit():
+        if mix not in mixes and not mix.isdigit():
             parser.error(f"--mix {mix}: caption, instruction, or a number of tokens")
     return args
 
 
-def bench(args, work: Path) -> dict:
-    """Makes model and rows, runs the sides in turn, prints and returns the results."""
+def bench(args, work: Path) -> list[dict]:
+    """Makes model and rows, runs the sides in turn, prints and returns the lines of the table."""
     model = work / ("tiny" if args.shape == "tiny" else "model")
     if not model.exists():
         make_model(args.shape, DTYPES[args.dtype], work)
         make_adapter(model, work / "adapter")
     for mix in args.mix:
         make_rows(mix, max(args.steps * max(args.micro_batch), 16), work)
-    rate = best_rate(DTYPES[args.dtype], args.product)
-    found = {
-        "machine": machine(),
-        "shape": args.shape,
-        "dtype": args.dtype,
-        "flops_per_s": rate,
-        "runs": [],
-    }
-    if args.json and Path(args.json).is_file():
-        found["runs"] = json.loads(Path(args.json).read_text())["runs"]
+    rate, lines = best_rate(DTYPES[args.dtype], args.product), []
+    same = {name: getattr(args, name) for name in ("steps", "dtype", "gradient_checkpointing")}
+    same |= {"workers": args.workers, "work": str(work), "model": str(model)}
     for case, mix, rows in itertools.product(args.cases, args.mix, args.micro_batch):
+        job, runs = same | {"case": case, "mix": mix, "micro_batch": rows}, {}
         for side in ["ours", *args.peers] * args.rounds:
-            job = {
-                "case": case,
-                "mix": mix,
-                "micro_batch": rows,
-                "side": side,
-                "steps": args.steps,
-                "dtype": args.dtype,
-                "gradient_checkpointing": args.gradient_checkpointing,
-                "workers": args.workers,
-                "work": str(work),
-                "model": str(model),
-            }
-            found["runs"].append({"job": job, **run(job)})
-            found["table"] = summarise(found["runs"], rate)
-            if args.json:
-                with cli.written(args.json) as part:
-                    part.write_text(json.dumps(found, indent=1))
-    print(f"{found['machine']}; {args.dtype}, {rate / 1e9:,.0f} GFLOP/s in products of matrices")
-    show(found["table"])
-    return found
+            mine = job | {"side": side}
+            runs.setdefault(side, []).append({"job": mine, **run(mine)})
+        for beside in args.peers or [None]:
+            lines.append(line_of(runs["ours"], runs.get(beside, []), rate))
+            print("  ".join(lines[-1].values()), file=sys.stderr, flush=True)
+    print(f"{machine()}; {args.dtype}, {rate / 1e9:,.0f} GFLOP/s in products of matrices\n")
+    show(lines)
+    return lines
 
 
 def machine() -> str:

@@ -57,7 +57,7 @@ def prompt_and_picture(work):
 
 
 @pytest.mark.parametrize("train_type", ["projector", "freeze_vision", "full"])
-def test_two_steps_of_a_train_type_leave_a_folder_for_transformers(work, train_type):
+def test_two_steps_leave_a_folder_for_transformers(work, train_type):
     assert train_two_steps(work, train_type) == 0
     _, inputs = prompt_and_picture(work)
     ours = model.from_pretrained(work / train_type / "final").eval()

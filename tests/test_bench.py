@@ -1,11 +1,9 @@
 """The benchmark takes the same steps on both sides."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
-from conftest import in_this_process
+from processes import in_this_process
 
 import bench
 import model as llava
@@ -71,41 +69,40 @@ def test_both_sides_of_the_bench_take_the_same_steps(bench_work, case):
     assert len(ours["seconds"]) == len(peer["seconds"]) and ours["peak_gib"] > 0
 
 
-def test_the_bench_prints_a_table_and_adds_to_its_results(tmp_path, monkeypatch, capsys):
+def test_the_bench_prints_its_table(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench, "run", in_this_process)
-    argv = [
-        "--shape",
-        "tiny",
-        "--cases",
-        "projector",
-        "--mix",
-        "620",
-        "--steps",
-        "2",
-        "--micro_batch",
-        "1",
-    ]
-    argv += [
-        "--rounds",
-        "1",
-        "--product",
-        "64",
-        "--workers",
-        "0",
-        "--json",
-        str(tmp_path / "b.json"),
-    ]
-    for peers in (["peer", "checkpointing"], []):
-        capsys.readouterr()
-        assert bench.main([*argv, "--work", str(tmp_path), "--peers", *peers]) == 0
-    found = json.loads((tmp_path / "b.json").read_text())
-    lines = {line["side"]: line for line in found["table"]}
-    assert [line["runs"] for line in lines.values()] == [2, 1, 1]
-    ours, peer = lines["ours"], lines["peer"]
-    assert peer["speed_ratio"] == pytest.approx(ours["samples_per_s"] / peer["samples_per_s"])
-    assert ours["last"] == pytest.approx(peer["last"], rel=1e-4)
-    assert 560 < ours["tokens_per_s"] / ours["samples_per_s"] < 680
-    assert "checkpointing" in capsys.readouterr().out
+    argv = "--shape tiny --cases projector --mix 620 --steps 2 --micro_batch 1 --rounds 2".split()
+    argv += ["--product", "64", "--workers", "0", "--work", str(tmp_path)]
+    assert bench.main([*argv, "--peers", "peer", "plain", "checkpointing"]) == 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    names, _, *lines = ([cell.strip() for cell in row.strip("|").split("|")] for row in rows)
+    peer, plain, checkpointing = (dict(zip(names, line)) for line in lines)
+    assert [line["beside"] for line in (peer, plain, checkpointing)] == bench.PEERS[:3]
+    assert peer["samples/s"] == plain["samples/s"] and float(peer["faster"]) > 0
+    assert 560 < float(peer["tokens/s"]) / float(peer["samples/s"]) < 680
+    for line in (peer, plain, checkpointing):
+        ours, theirs = map(float, line["last loss or answer"].split(", "))
+        assert ours == pytest.approx(theirs, rel=1e-4)
     with pytest.raises(SystemExit):
         bench.main(["--mix", "long"])
     assert "--mix long" in capsys.readouterr().err
+
+
+def test_a_line_of_the_table_has_medians_and_ratios():
+    def runs(side, seconds, peak):
+        job = {"case": "full", "mix": "caption", "micro_batch": 3, "side": side}
+        return [
+            {
+                "job": job,
+                "seconds": [9, s],
+                "peak_gib": peak,
+                "losses": [2.0],
+                "tokens": [1, 60],
+                "flops": [1, 30],
+            }
+            for s in seconds
+        ]
+
+    line = bench.line_of(runs("ours", [1, 2, 9], 1.0), runs("peer", [5, 4, 1], 4.0), rate=100.0)
+    assert line["samples/s"] == "1.500" and line["tokens/s"] == "30.0" and line["rate"] == "15%"
+    assert line["faster"] == "2.00" and line["memory"] == "0.25" and line["beside"] == "peer"

@@ -7,7 +7,8 @@ import re
 import pytest
 import sentencepiece as spm
 import torch
-from conftest import (
+from PIL import Image
+from tiny import (
     QUESTION,
     SENTENCES,
     SMALL,
@@ -23,7 +24,6 @@ from conftest import (
     small_tokenizer,
     tensors_of,
 )
-from PIL import Image
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,

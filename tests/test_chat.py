@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import HERE, LLAVA_HF, QUESTION, built, edit, refused, theirs
 from PIL import Image
+from tiny import HERE, LLAVA_HF, QUESTION, built, edit, refused, theirs
 from transformers import AutoProcessor
 
 import chat
@@ -313,7 +313,11 @@ def test_a_conversation_in_a_terminal(good, picture):
         terminal.wait_for("red circle, a blue square.A red")
         terminal.type("\x03")  # ends the answer
         terminal.wait_for("\n> $")
-        terminal.type("no, \x03")  # ends the line
+        terminal.type("no, ")
+        terminal.wait_for(
+            "no, $"
+        )  # it reads by now: a Ctrl-C just before would show with the next key
+        terminal.type("\x03")  # ends the line
         terminal.wait_for("\n> $")
         terminal.type("and now?\n")
         terminal.wait_for("A red circle")

@@ -6,8 +6,8 @@ import shutil
 
 import numpy as np
 import pytest
-from conftest import noise, open_dataset, row, write
 from PIL import Image
+from tiny import noise, open_dataset, row, write
 
 import check
 import data

@@ -11,8 +11,9 @@ import unicodedata
 
 import pytest
 import torch
-from conftest import HERE, LORA, evaluated, losses_of, metrics_of, open_dataset, run
+from processes import LORA, evaluated, losses_of, metrics_of, run
 from safetensors.torch import load_file, save_file
+from tiny import HERE, open_dataset, write
 from transformers import LlavaForConditionalGeneration
 
 import checkpoint
@@ -21,15 +22,12 @@ import evaluate
 import model as llava
 import train
 from engines import OneProcess
-from evaluate import vqa_accuracy
 
 
 def opened(world, rows, **options):
     """A dataset that reports its bad rows, of rows or of a file of them, and a collator for it."""
     if isinstance(rows, list):
-        path = world / f"rows{len(list(world.iterdir()))}.json"
-        path.write_text(json.dumps(rows))
-        rows = path
+        rows = write(world / f"rows{len(list(world.iterdir()))}.json", json.dumps(rows))
     options = {"on_bad_record": "skip"} | options
     dataset = open_dataset(rows, world / "images", world / "llava", **options)
     return dataset, data.Collator(dataset.image_token_id, dataset.tokens_per_picture)
@@ -42,8 +40,8 @@ def results(model, dataset, collate, **options):
 
 
 def row(question, answer, *pictures, **more):
-    turns = [{"from": "human", "value": "<image>\n" * len(pictures) + question}]
-    turns.append({"from": "gpt", "value": answer})
+    ask = {"from": "human", "value": "<image>\n" * len(pictures) + question}
+    turns = [ask, {"from": "gpt", "value": answer}]
     return {"image": list(pictures), "conversations": turns, **more}
 
 
@@ -257,10 +255,10 @@ def test_vqa_accuracy_leaves_one_answer_out():
     for count, score in enumerate([0, 0.3, 0.6, 0.9, 1, 1, 1, 1, 1, 1, 1]):
         people = ["The frog!"] * count + [f"toad {i}" for i in range(10 - count)]
         said = "The frog!" if count == 10 else "frog"
-        assert vqa_accuracy(said, people) == pytest.approx(score), count
+        assert evaluate.vqa_accuracy(said, people) == pytest.approx(score), count
         by_hand = [min(1, (people[:i] + people[i + 1 :]).count("The frog!") / 3) for i in range(10)]
-        assert vqa_accuracy(said, people) == pytest.approx(sum(by_hand) / 10)
-    assert vqa_accuracy("frog", ["The frog!"] * 10) == 0  # all wrote the same: compared as it is
+        assert evaluate.vqa_accuracy(said, people) == pytest.approx(sum(by_hand) / 10)
+    assert evaluate.vqa_accuracy("frog", ["The frog!"] * 10) == 0  # all the same: as it is
 
 
 PIECES = """frog yes no Two none ten eleven 1,000 3.5 3. U.S.A. 5:30 red/blue t-shirt (left) dont don't
@@ -309,7 +307,7 @@ def test_vqa_scores_are_the_official_ones():
     assert len(scores) == 2000 and {*scores} == {*"0369X"}
     for (said, people), score in zip(pairs, scores):
         expected = 1 if score == "X" else int(score) / 10
-        assert vqa_accuracy(said, people) == pytest.approx(expected), (said, people)
+        assert evaluate.vqa_accuracy(said, people) == pytest.approx(expected), (said, people)
 
 
 # --- the best model of a run ---

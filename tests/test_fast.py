@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import HERE, SMALL, VISION, mixed_batch
+from tiny import HERE, SMALL, VISION, mixed_batch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import (

@@ -15,12 +15,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import (
+from adapted import (
     BLOCKS,
     PROJECTOR,
     adapt,
     batch,
-    built,
     close,
     logits_of,
     old_llava_folder,
@@ -28,6 +27,7 @@ from conftest import (
     tiny_llava,
 )
 from safetensors.torch import load_file, save_file
+from tiny import built
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import (

@@ -10,24 +10,20 @@ import shutil
 import peft
 import pytest
 import torch
-from conftest import (
+from adapted import (
     BLOCKS,
-    LORA,
     PROJECTOR,
     adapt,
     close,
-    edit,
     fingerprint_of,
     logits_of,
-    metrics_of,
     old_llava_folder,
-    open_dataset,
-    run,
     saved,
-    theirs,
     tiny_llava,
 )
+from processes import LORA, metrics_of, run
 from safetensors.torch import load_file
+from tiny import edit, open_dataset, theirs
 from transformers import LlavaForConditionalGeneration
 
 import data

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import SMALL, VISION, change_tensors, edit, mixed_batch, tensors_of, theirs
+from tiny import SMALL, VISION, change_tensors, edit, mixed_batch, tensors_of, theirs
 from transformers import (
     CLIPVisionConfig,
     CLIPVisionModel,
@@ -280,7 +280,7 @@ def test_a_config_keeps_no_path_of_this_machine(tmp_path):
     assert str(tmp_path) not in config.to_json_string()
 
 
-def test_what_was_trained_is_saved_in_place_of_the_models_own(good, tmp_path):
+def test_what_was_trained_is_saved_in_the_models_place(good, tmp_path):
     folder, model = good
     llava.save_pretrained(model, tmp_path, folder, state={BIAS: torch.ones(32)})
     before, after = (

@@ -11,24 +11,10 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from conftest import (
-    LORA,
-    OWN,
-    PROJECTOR,
-    adapt,
-    built,
-    change_tensors,
-    close,
-    edit,
-    fingerprint_of,
-    logits_of,
-    losses_of,
-    run,
-    saved,
-    theirs,
-    tiny_llava,
-)
+from adapted import PROJECTOR, adapt, close, fingerprint_of, logits_of, saved, tiny_llava
+from processes import LORA, OWN, losses_of, run
 from safetensors.torch import load_file, save_file
+from tiny import built, change_tensors, edit, theirs
 from transformers import AutoProcessor
 
 import evaluate

@@ -9,10 +9,10 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from conftest import MEAN, STD, damage, damages, encoded, noise, write
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
+from tiny import MEAN, STD, damage, damages, encoded, noise, write
 from transformers import AutoProcessor, CLIPImageProcessor
 from transformers.image_utils import load_image
 
@@ -367,7 +367,7 @@ WHOLE_PICTURES = [("JPEG", encoded(noise(70, 50), "JPEG")), ("PNG", encoded(nois
     max_examples=300, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
 )
 @given(st.sampled_from(WHOLE_PICTURES), damages)
-def test_damaged_picture_is_a_picture_or_one_clear_error(whole, changes):  # trap 32
+def test_damaged_picture_is_a_picture_or_one_clear_error(whole, changes):
     try:
         picture = data.decode_picture(damage(whole[1], changes), "a.jpg")
     except ValueError as error:

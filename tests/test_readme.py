@@ -16,32 +16,26 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import (
+from PIL import Image
+from processes import LORA, STAGES, changed, in_this_process, launched, run, weights_of
+from safetensors.torch import load_file
+from tiny import (
     ASKED,
     HERE,
-    LORA,
     QUESTION,
     SMALL,
-    STAGES,
     VISION,
     byte_level,
-    changed,
-    in_this_process,
-    launched,
     messages_of,
     noise,
     open_dataset,
     parts,
-    run,
     small_tokenizer,
     tensors_of,
     theirs,
-    weights_of,
     write,
     write_vqa,
 )
-from PIL import Image
-from safetensors.torch import load_file
 from tokenizers import processors
 from transformers import AutoProcessor, SiglipConfig, SiglipModel
 
@@ -53,7 +47,6 @@ import model as llava
 import train
 from data import IGNORE, IMAGE, ChatText, PictureTransform
 
-
 README = (HERE / "README.md").read_text()
 
 
@@ -62,14 +55,24 @@ def test_the_formatter_changes_nothing():
     assert subprocess.run(command).returncode == 0
 
 
-LIBRARIES = ["data", "model", "lora", "fast", "checkpoint", "cli", "order"]  # nothing of the project
+LIBRARIES = [
+    "data",
+    "model",
+    "lora",
+    "fast",
+    "checkpoint",
+    "cli",
+    "order",
+]  # nothing of the project
 OTHERS = ["engines", "ranks", "evaluate", "report", "merge", "build", "check", "okvqa", "chat"]
 
 
 def test_imports_run_one_way_only():
     """And so each library works alone."""
     files = [*LIBRARIES, *OTHERS, "train", "toy", "bench"]
-    assert sorted(files) == sorted(path.stem for path in HERE.glob("*.py") if "test" not in path.name)
+    assert sorted(files) == sorted(
+        path.stem for path in HERE.glob("*.py") if "test" not in path.name
+    )
     for n, name in enumerate(files):
         source = (HERE / f"{name}.py").read_text()
         imported = set(re.findall(r"^\s*(?:import|from) (\w+)", source, re.M)) & set(files)
@@ -156,7 +159,7 @@ def test_change_the_towers_last_layer_alone_trains_by_one_line(world, tmp_path, 
         1,
         ('"full": (["vision_tower"', '"full": (["vision_tower.vision_model.encoder.layers.1."'),
     )
-    monkeypatch.setattr("conftest.train", other)
+    monkeypatch.setattr("processes.train", other)
     assert run(world, tmp_path / "a", max_steps=2)[0] == 0
     before, after = tensors_of(world / "llava"), weights_of(tmp_path / "a")
     moved = {name for name in before if not torch.equal(before[name], after[name])}
@@ -178,7 +181,7 @@ LLAMA_3 = (
 )
 
 
-def test_change_llama_3s_template_is_taken_as_it_is_and_takes_six_lines_to_name(tmp_path):
+def test_change_llama_3s_template_takes_six_lines_to_name(tmp_path):
     tokenizer = byte_level()
     marks = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
     tokenizer.add_tokens(marks, special_tokens=True)
@@ -190,7 +193,7 @@ def test_change_llama_3s_template_is_taken_as_it_is_and_takes_six_lines_to_name(
     turns = [("What is it?", "A frog."), ("On what?", "A leaf.")]
     messages = [{"role": "system", "content": "Answer the questions."}, *messages_of(turns)]
     expected = tokenizer.apply_chat_template(messages, return_dict=False)
-    assert expected.count(tokenizer.bos_token_id) == 1  # trap 44
+    assert expected.count(tokenizer.bos_token_id) == 1
     ids, labels = ChatText(tokenizer).ids_and_labels(messages)
     assert ids == expected
     taught = [label for label in labels if label != IGNORE]
@@ -229,9 +232,7 @@ def siglip(path):
 
 
 @pytest.mark.parametrize("aspect_ratio", ["square", "pad"])
-def test_change_siglip_in_place_of_clip_is_a_flag_and_equals_transformers(
-    world, tmp_path, aspect_ratio
-):
+def test_change_siglip_is_a_flag_and_equals_transformers(world, tmp_path, aspect_ratio):
     vision, folder = siglip(tmp_path / "siglip"), tmp_path / "llava"
     build.build(vision, parts(tmp_path)[1], folder, aspect_ratio=aspect_ratio)
     trained = tmp_path / "a/final"
@@ -263,7 +264,7 @@ def test_change_siglip_in_place_of_clip_is_a_flag_and_equals_transformers(
     np.testing.assert_allclose(ours, theirs_says["pixel_values"][0].numpy(), atol=1e-5)
 
 
-def test_every_run_sh_line_of_the_readme_starts_what_it_says(shell, tmp_path):
+def test_every_run_sh_line_starts_what_it_says(shell, tmp_path):
     """Among the stand-ins; the flags that train.py is given are those that it knows."""
     start, calls = shell
     text = (HERE / "README.md").read_text() + (HERE / "cluster.md").read_text()

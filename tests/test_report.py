@@ -18,10 +18,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import HERE, LORA, evaluated, metrics_of, open_dataset, parsed, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from processes import LORA, evaluated, metrics_of, parsed, run
+from tiny import HERE, open_dataset
 
 import lora
 import model as llava
@@ -109,7 +110,7 @@ def test_a_dry_run_is_right_within_15_percent(tmp_path):
 # --- each step ---
 
 
-def test_progress_is_80_columns_in_a_terminal_and_whole_lines_in_a_file(monkeypatch, capsys):
+def test_progress_is_80_columns_or_whole_lines_in_a_file(monkeypatch, capsys):
     shares = dict.fromkeys(["supervised", "padded", "waiting"], 0.12)
     m = dict(step=12346, loss=0.1234, lr=2e-5, tokens_per_s=12345, peak_gib=139.94, **shares)
     monitor, terminal = os.openpty()
@@ -209,7 +210,7 @@ WORDS = ["Wörter", "数字", "🙂", "a", "frog.", "x" * 99, "\u0007", "don't",
 
 @settings(deadline=None, max_examples=40)
 @given(st.lists(st.sampled_from(WORDS), max_size=30), st.integers(100, 500), st.integers(1, 4))
-def test_text_in_pictures_is_wrapped_and_what_the_font_lacks_is_escaped(words, width, most):
+def test_text_in_pictures_is_wrapped_and_escaped(words, width, most):
     font = report.ImageFont.load_default(26)
     lines = report.wrap("\n".join(words), font, width, most)
     assert len(lines) <= most and all(font.getlength(line) <= width for line in lines)

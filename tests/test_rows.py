@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import damage, damages, encoded, noise, open_dataset, row, write
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from tiny import damage, damages, encoded, noise, open_dataset, row, write
 
 import data
 import model as llava

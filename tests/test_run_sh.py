@@ -16,7 +16,8 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from conftest import HERE, STAGES, STANDINS, free_port, launched, losses_of, run, weights_of
+from processes import STAGES, STANDINS, free_port, launched, losses_of, run, weights_of
+from tiny import HERE
 
 import checkpoint
 import train

@@ -5,7 +5,9 @@ import re
 import time
 
 import pytest
-from conftest import (
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tiny import (
     LLAVA_HF,
     REAL,
     TOKENIZERS,
@@ -18,8 +20,6 @@ from conftest import (
     with_image,
     write,
 )
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from tokenizers import Tokenizer, models
 from transformers import AutoProcessor, ByT5Tokenizer, PreTrainedTokenizerFast
 

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ASKED, HERE, okvqa_argv, open_dataset, refused, row, theirs, write, write_vqa
 from PIL import Image
+from tiny import ASKED, HERE, okvqa_argv, open_dataset, refused, row, theirs, write, write_vqa
 
 import data
 import okvqa

@@ -1,5 +1,6 @@
 """The loop, its flags and recipes, beside plain torch and transformers' schedules."""
 
+import itertools
 import json
 import os
 import shutil
@@ -9,19 +10,10 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import (
-    HERE,
-    LORA,
-    argv_of,
-    losses_of,
-    metrics_of,
-    open_dataset,
-    parsed,
-    run,
-    weights_of,
-)
 from PIL import Image
+from processes import LORA, argv_of, losses_of, metrics_of, parsed, run, weights_of
 from safetensors.torch import load_file
+from tiny import HERE, open_dataset
 from transformers import (
     AutoProcessor,
     AutoTokenizer,
@@ -139,7 +131,7 @@ def test_schedules_are_those_of_transformers():
     ],
 )
 def test_each_train_type_moves_its_modules_and_no_other(world, tmp_path, train_type, moved):
-    """Traps 16, 17, 18. Every weight of a moving module moves (but k_proj.bias, which softmax ignores)."""
+    """Every weight of a moving module moves (but k_proj.bias, which softmax ignores)."""
     captions = {"data_path": world / "captions.json"} if train_type == "projector" else {}
     assert (
         run(world, tmp_path / "a", train_type=train_type, max_steps=2, warmup_ratio=0, **captions)[
@@ -193,7 +185,7 @@ def test_an_aspect_ratio_that_was_trained_with_is_saved(world, tmp_path):
 
 
 def test_two_stages_follow_each_other(world, tmp_path):
-    """Stage 1 leaves the folder's template alone; stage 2 saves the one that it trains with, and chat uses it (trap 38)."""
+    """Stage 1 leaves the folder's template alone; stage 2 saves the one that it trains with, and chat uses it."""
     one, two = tmp_path / "one", tmp_path / "two"
     assert (
         run(world, one, train_type="projector", data_path=world / "captions.json", max_steps=2)[0]
@@ -222,8 +214,8 @@ def test_text_only_rows_train_and_evaluate(world, tmp_path):
     assert losses_of(tmp_path / "a")[-1] < losses_of(tmp_path / "a")[0]
 
 
-def test_a_bad_record_stops_the_run_or_is_skipped_and_counted(world, tmp_path):
-    """Trap 32. Skipped, it weighs nothing: the run equals one whose row has no supervised token."""
+def test_a_bad_record_stops_or_is_skipped_and_counted(world, tmp_path):
+    """Skipped, it weighs nothing: the run equals one whose row has no supervised token."""
     rows = json.loads((world / "rows.json").read_text())
     rows[5]["image"] = "missing.png"
     rows[5]["conversations"][0]["value"] = "<image>\nWhat?"
@@ -256,7 +248,7 @@ def test_a_bad_record_stops_the_run_or_is_skipped_and_counted(world, tmp_path):
     assert sum(m.get("samples_per_s", 0) > 0 for m in metrics_of(tmp_path / "b")) == 3
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_names_its_records(world, tmp_path):
+def test_a_loss_that_is_not_finite_names_its_records(world, tmp_path):
     shutil.copytree(world / "llava", tmp_path / "nan")
     tensors = load_file(tmp_path / "nan" / "model.safetensors")
     tensors["multi_modal_projector.linear_2.bias"][0] = float("nan")
@@ -309,7 +301,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_its_records(world, tm
     ],
 )
 def test_bad_flags_are_one_line_and_write_nothing(world, tmp_path, flags, says):
-    """Traps 9, 16, 35. Exit status 2, as argparse's own."""
+    """Exit status 2, as argparse's own."""
     (tmp_path / "held").mkdir()
     args = (
         run(world, tmp_path / "held2", max_steps=1, save_steps=1)
@@ -338,7 +330,7 @@ def test_bad_flags_are_one_line_and_write_nothing(world, tmp_path, flags, says):
 
 def test_published_defaults():
     """facts: LLaVA-1.5's scripts."""
-    args = parsed("projector", "--local_rank=3")  # trap 41: the launcher's flag
+    args = parsed("projector", "--local_rank=3")  # the launcher's flag
     assert (args.learning_rate, args.version, args.warmup_ratio, args.weight_decay) == (
         1e-3,
         "plain",
@@ -370,7 +362,7 @@ def test_published_defaults():
 
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("kind", [{"train_type": "full"}, LORA, LORA | {"bits": 4}])
-def test_what_trains_has_one_dtype(world, kind, bf16):  # trap 22
+def test_what_trains_has_one_dtype(world, kind, bf16):
     args = train.parse(argv_of(world, "out", **kind | {"bf16": bf16}))
     model = train.load_model(args, world / "llava", "cpu")
     dtypes = {p.dtype for p in model.parameters() if p.requires_grad}
@@ -378,7 +370,7 @@ def test_what_trains_has_one_dtype(world, kind, bf16):  # trap 22
 
 
 def test_deepspeed_files_leave_the_batch_to_the_flags(tmp_path):
-    """Traps 24 to 26: no "auto", no key that DeepSpeed does not know, bf16 on, clipping from the flags;
+    """No "auto", no key that DeepSpeed does not know, bf16 on, clipping from the flags;
     a file that says otherwise is refused.
     """
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
@@ -410,7 +402,7 @@ def test_deepspeed_files_leave_the_batch_to_the_flags(tmp_path):
 
 
 @pytest.mark.parametrize("gpu", [False, True])
-def test_out_of_memory_is_one_line_with_the_next_flag_to_try(world, tmp_path, monkeypatch, gpu):
+def test_out_of_memory_names_the_next_flag_to_try(world, tmp_path, monkeypatch, gpu):
     def forward(*_):
         if gpu:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
@@ -437,3 +429,25 @@ def test_out_of_memory_is_one_line_with_the_next_flag_to_try(world, tmp_path, mo
     monkeypatch.setattr(llava.Llava, "forward", lambda *_: 1 / torch.zeros(2)[5])
     with pytest.raises(IndexError):
         run(world, tmp_path / "other")
+
+
+def test_dropout_differs_between_steps_ranks_and_seeds():
+    numbers = itertools.product((42, 43), range(5), range(5))
+    assert len({train.seed_of(*three) for three in numbers}) == 50
+
+
+def test_a_run_of_one_step_learns(world, tmp_path):
+    for total in (1, 2):
+        flags = dict(max_steps=total, warmup_ratio=1)
+        assert run(world, tmp_path / f"{total}", **flags)[0] == 0
+        assert max(m["lr"] for m in metrics_of(tmp_path / f"{total}")) == pytest.approx(1e-2)
+    before, after = load_file(world / "llava/model.safetensors"), weights_of(tmp_path / "1")
+    name = "multi_modal_projector.linear_1.weight"
+    assert not torch.equal(before[name], after[name])
+
+
+@pytest.mark.parametrize("flag", ["max_steps", "save_total_limit", "save_steps", "eval_steps"])
+def test_zero_is_no_number_of_steps(world, tmp_path, capsys, flag):
+    with pytest.raises(SystemExit):
+        train.main(argv_of(world, tmp_path / "a", **{flag: 0}))
+    assert f"--{flag}: 0 is" in capsys.readouterr().err

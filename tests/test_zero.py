@@ -15,15 +15,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import (
-    HERE,
+from processes import (
     KINDS,
     LORA,
     STILL,
     ZERO,
     argv_of,
     be_rank,
-    built,
     end,
     free_port,
     launch,
@@ -31,7 +29,6 @@ from conftest import (
     lines_in,
     losses_of,
     metrics_of,
-    parts,
     printed,
     run,
     server,
@@ -39,6 +36,7 @@ from conftest import (
     weights_of,
     zero_flags,
 )
+from tiny import HERE, built, parts
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 import checkpoint
