@@ -26,12 +26,12 @@ import torch
 from transformers import TextStreamer
 
 import fast
-from cli import Parser, command, find_device, number, one_line
+from cli import Parser, command, find_device, folded, number, one_line
 from data import IMAGE, VERSIONS, ChatText, PictureTransform, decode_picture
 from evaluate import open_model
 from model import Llava, open_tokenizer, resolve
 
-HELP = "/image FILE shows a picture, /clear begins anew, Ctrl-C stops an answer, Ctrl-D ends"
+HELP = "/image FILE shows one, /clear begins anew, Ctrl-C ends an answer, Ctrl-D all"
 
 
 def reply(model: Llava, text: ChatText, messages: list[dict], pixels: list, **options) -> str:
@@ -175,7 +175,7 @@ def main(argv=None):
             if line:
                 conversation.take(line)
         except (ValueError, OSError) as error:  # costs no more than a line that says so
-            print(one_line(error), file=sys.stderr)
+            print(folded(one_line(error), sys.stderr), file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ Of all rows it prints how many there are and how long, and what is wrong, faults
 together; the exit status is 1 if there are any. A fault is what training would stop at:
 
     rows        665,298, 40,688 of them text-only
-    tokens      50 % have up to 771, 90 % have up to 1,122, 99 % have up to 1,834, the longest ..
+    tokens      50 % up to 771, 90 % up to 1,122, 99 % up to 1,834, the longest 2,048
     faults      35 in rows of 2 kinds: mend or remove these rows, or train with --on_bad_record skip
       34 rows, such as row 2 (id 0017), row 8 (id 0043): picture coco/1.jpg: not in images
 
@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 import data
 import model as llava
-from cli import BOOLEAN, Parser, command, number
+from cli import BOOLEAN, Parser, command, folded, number
 
 HEADER_BYTES = 2**16  # of a picture, enough to see what it is
 
@@ -91,16 +91,16 @@ class Check(torch.utils.data.Dataset):
         else:
             files = (path for path in self.pictures.path.rglob("*") if path.is_file())
             names = [path.relative_to(self.pictures.path).as_posix() for path in files]
-        return {folded(name): name for name in names}
+        return {sound(name): name for name in names}
 
     def hint(self, name: str) -> str:
-        other = self.names_by_sound.get(folded(name))
+        other = self.names_by_sound.get(sound(name))
         return (
             f" (it has {other!r}, the same name in another case or Unicode form)" if other else ""
         )
 
 
-def folded(name: str) -> str:
+def sound(name: str) -> str:
     return unicodedata.normalize("NFC", name).casefold()
 
 
@@ -139,16 +139,14 @@ def report(check: Check, max_length: int, positions: int) -> int:
     print(f"turns       {turns.sum():,}\npictures    {images.sum():,}")
     known = tokens[tokens > 0]
     if known.size:
-        shares = [f"{s} % have up to {np.percentile(known, s):,.0f}" for s in (50, 90, 99)]
-        print(f"tokens      {', '.join(shares)}, the longest row {known.max():,}")
+        shares = [f"{s} % up to {np.percentile(known, s):,.0f}" for s in (50, 90, 99)]
+        print(f"tokens      {', '.join(shares)}, the longest {known.max():,}")
         cut = (known > max_length).sum()
         print(f"cut         {cut:,} rows ({cut / len(known):.2%}) at {max_length:,} tokens")
         print(f"supervised  {supervised.sum() / max(kept.sum(), 1):.1%} of the tokens")
         if beyond := (kept > positions).sum():
-            print(
-                f"positions   {beyond:,} rows are longer than the {positions:,} that the language "
-                f"model knows: --model_max_length {positions}"
-            )
+            known = f"{positions:,} that the model knows: --model_max_length {positions}"
+            print(f"positions   {beyond:,} rows are longer than the {known}")
     repeated = [name for name, times in ids.items() if times > 1 and name != "None"]
     first = f", the first {repeated[0]}" if repeated else ""
     print(f"ids         {len(repeated):,} of them repeated{first}")
@@ -158,11 +156,9 @@ def report(check: Check, max_length: int, positions: int) -> int:
         rows = kind["rows"]
         examples = ", ".join(records.where(i).removeprefix(f"{records.path}: ") for i in rows[:3])
         line = f"  {len(rows):,} row{'s' * (len(rows) > 1)}, such as {examples}: {kind['says']}"
-        print(line.encode("utf-8", "backslashreplace").decode())
+        print(folded(line.encode("utf-8", "backslashreplace").decode(), sys.stdout))
     if len(bad) == len(records):
-        print(
-            "Every row is bad, so the cause is one: the form of the file, or a flag, not the rows"
-        )
+        print("Every row is bad, so the cause is one: the form of the file, or a flag")
     elif bad:
         print("Mend or remove these rows, or train with --on_bad_record skip")
     return len(bad)

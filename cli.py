@@ -19,6 +19,7 @@ import re
 import shutil
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import torch
@@ -90,6 +91,12 @@ def in_words(error: Exception, less_memory: str = "") -> str:
     return text
 
 
+def folded(text: str, stream) -> str:
+    """A line as it is in a log file; in a terminal it breaks between words, at 80 columns."""
+    whole = {"break_long_words": False, "break_on_hyphens": False}
+    return textwrap.fill(text, 80, **whole) if stream.isatty() else text
+
+
 def command(main):
     """Makes `main(argv)` return a status: what it returns, 0 for None, 2 for a user's mistake, whose
     text is shown as one line.
@@ -104,7 +111,7 @@ def command(main):
         try:
             return main(argv) or 0
         except Exception as error:
-            print(f"{name}: {one_line(in_words(error))}", file=sys.stderr)
+            print(folded(f"{name}: {one_line(in_words(error))}", sys.stderr), file=sys.stderr)
             return 2
 
     return run

@@ -186,9 +186,8 @@ class Pictures:
             # share the file: of two that move one position each would get the other's bytes.
             self.archive.fp, self.process = open(self.path, "rb"), os.getpid()
         try:
-            with (
-                self.archive.open(found) if self.archive else open(self.path / found, "rb") as file
-            ):
+            file = self.archive.open(found) if self.archive else open(self.path / found, "rb")
+            with file:
                 return file.read(at_most)
         except Exception as error:  # zipfile's decompressors raise nearly anything
             raise ValueError(f"picture {name} in {self.path}: damaged ({error})") from None

@@ -72,7 +72,7 @@ def use_or_stop(faults: list[str], on_bad_record: str):
         if on_bad_record == "stop":
             advice = "`python check.py`, with the same --version, lists such rows, --on_bad_record skip passes over"
             raise ValueError(f"{fault} ({advice})")
-        tqdm.write(f"skipped: {fault}", file=sys.stderr)
+        tqdm.write(cli.folded(f"skipped: {fault}", sys.stderr), file=sys.stderr)
 
 
 def open_rows(args, path: str | None, source: Path, text) -> data.LlavaDataset | None:

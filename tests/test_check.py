@@ -190,7 +190,7 @@ def test_check_reports_the_tokens_that_training_sees(toy, tiny, capsys):
     dataset = open_dataset(toy / "train.json", toy / "images", tiny)
     batch = data.Collator(dataset.image_token_id, 576)([dataset[i] for i in range(len(dataset))])
     lengths, learnt = batch["lengths"], (batch["labels"] != IGNORE).sum()
-    shares = [f"{s} % have up to {np.percentile(lengths, s):,.0f}" for s in (50, 90, 99)]
-    assert report["tokens"] == ", ".join([*shares, f"the longest row {max(lengths):,}"])
+    shares = [f"{s} % up to {np.percentile(lengths, s):,.0f}" for s in (50, 90, 99)]
+    assert report["tokens"] == ", ".join([*shares, f"the longest {max(lengths):,}"])
     assert report["supervised"] == f"{learnt / sum(lengths):.1%} of the tokens"
     assert report["cut"].startswith("0 rows (0.00%)") and report["faults"] == "0"
