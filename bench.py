@@ -9,9 +9,7 @@ differently on the two sides).
 
     python bench.py --shape tiny                          two minutes on two cores
     python bench.py --shape 135m --dtype bf16             an hour; the table of bench.md
-    python bench.py --shape 135m --cases use_lora --peers --micro_batch 1 4 16 --mix 600 1200 2048
-    python bench.py --shape 7b --cases use_lora qlora --micro_batch 16 --steps 8 --gradient_checkpointing
-        --peers checkpointing    on a GPU, with 30 GB of disk; cluster.md has what it must show
+    python bench.py --shape 7b ...                        on a GPU: see cluster.md
 
 Weights and rows are random, made on the spot. peak is the most memory that a process held (on a GPU
 the most that torch allocated there), rate the share of the device's rate in products of 4096 x 4096
@@ -88,11 +86,11 @@ def make_model(shape: str, dtype, out: Path):
     vision = dict(zip(TOWER.split(), tower)) | {"image_size": 336, "patch_size": 14}
     vision = transformers.CLIPVisionConfig(**vision)
     torch.manual_seed(0)
-    torch.set_default_dtype(dtype)
     with torch.device(device()):  # a GPU draws 7B in seconds
-        transformers.LlamaForCausalLM(text).save_pretrained(out / "text")
-        transformers.CLIPVisionModel(vision).save_pretrained(out / "vision")
-    torch.set_default_dtype(torch.float32)
+        words = transformers.AutoModelForCausalLM.from_config(text, dtype=dtype)
+        sight = transformers.AutoModel.from_config(vision, dtype=dtype)
+    words.save_pretrained(out / "text")
+    sight.save_pretrained(out / "vision")
     tokenizer = llava.open_tokenizer(out / "tiny")  # that of the tiny model: words do not matter
     tokenizer.save_pretrained(out / "text")
     build(out / "vision", out / "text", out / "model")
@@ -185,12 +183,9 @@ def count_flops(model, weights: list[tuple], input_ids, pixel_values, labels) ->
     supervised = (labels >= 0).sum().item()
     looks = 4 * pictures * patches**2 * tower.hidden_size * tower.num_hidden_layers
     reads = 2 * rows * width**2 * decoder.hidden_size * decoder.num_hidden_layers  # causal: half
-    parts = [  # tokens, operations of attention's two products
-        (pictures * patches, looks),
-        (pictures * model.tokens_per_picture, 0),
-        (rows * width, reads),
-        (supervised, 0),
-    ]
+    # Of each part: its tokens, and the operations of attention's two products.
+    parts = [(pictures * patches, looks), (pictures * model.tokens_per_picture, 0)]
+    parts += [(rows * width, reads), (supervised, 0)]
     total, gradient = 0, False
     for (count, training), (tokens, attention) in zip(weights, parts):
         passing = 2 * tokens * count
@@ -285,11 +280,9 @@ def run_peer(job: dict) -> dict:
 
     options = {"max_steps": job["steps"], "per_device_train_batch_size": job["micro_batch"]}
     options |= {"learning_rate": float(RATE), "lr_scheduler_type": "constant"}
-    options |= {"optim": "adamw_torch", "bf16": job["dtype"] == "bf16"}
-    options |= {"gradient_checkpointing": job["side"] == "checkpointing"}
-    options |= {"gradient_checkpointing_kwargs": {"use_reentrant": False}}
+    options |= {"optim": "adamw_torch", "bf16": job["dtype"] == "bf16", "logging_steps": 1}
+    options |= {"gradient_checkpointing": job["side"] == "checkpointing", "disable_tqdm": True}
     options |= {"use_cpu": device() == "cpu", "report_to": "none", "save_strategy": "no"}
-    options |= {"logging_steps": 1, "disable_tqdm": True}
     options = transformers.TrainingArguments(job["out"], **options)
     trainer = SameBatches(model, options, train_dataset=rows, callbacks=[Clock()])
     times.append(time.perf_counter())
@@ -364,13 +357,10 @@ def run_job(job: dict) -> dict:
     """In that process: the job's result, and the most memory that it held."""
     transformers.utils.logging.set_verbosity_error()
     torch.manual_seed(0)
+    work = run_ours if job["side"] in ("ours", "plain") else run_peer
     if job["case"] in ("evaluate", "generate"):
-        result = run_without_training(job)
-    elif job["side"] in ("ours", "plain"):
-        result = run_ours(job)
-    else:
-        result = run_peer(job)
-    return result | {"peak_gib": report.peak(device())["peak_gib"]}
+        work = run_without_training
+    return work(job) | {"peak_gib": report.peak(device())["peak_gib"]}
 
 
 def best_rate(dtype, n: int) -> float:
@@ -399,14 +389,13 @@ def line_of(ours: list[dict], beside: list[dict], rate: float) -> dict:
     if "flops" in ours[0]:
         line["tokens/s"] = f"{middle(ours, 'tokens') / seconds:.1f}"
         line["rate"] = f"{middle(ours, 'flops') / seconds / rate:.0%}"
-    line |= {"beside": "", "faster": "", "memory": "", "last loss or answer": last_of(ours)}
-    if beside:
-        other = statistics.median(run["peak_gib"] for run in beside)
-        line["beside"] = beside[0]["job"]["side"]
-        line["faster"] = f"{middle(beside, 'seconds') / seconds:.2f}"
-        line["memory"] = f"{peak / other:.2f}"
-        line["last loss or answer"] += f", {last_of(beside)}"
-    return line
+    last = "last loss or answer"
+    if not beside:
+        return line | {last: last_of(ours)}
+    other = statistics.median(run["peak_gib"] for run in beside)
+    faster = middle(beside, "seconds") / seconds
+    line |= {"beside": beside[0]["job"]["side"], "faster": f"{faster:.2f}"}
+    return line | {"memory": f"{peak / other:.2f}", last: f"{last_of(ours)}, {last_of(beside)}"}
 
 
 def last_of(runs: list[dict]) -> str:
