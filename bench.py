@@ -91,6 +91,8 @@ def make_model(shape: str, dtype, out: Path):
         sight = transformers.AutoModel.from_config(vision, dtype=dtype)
     words.save_pretrained(out / "text")
     sight.save_pretrained(out / "vision")
+    del words, sight
+    torch.cuda.empty_cache()  # the runs need the GPU's memory
     tokenizer = llava.open_tokenizer(out / "tiny")  # that of the tiny model: words do not matter
     tokenizer.save_pretrained(out / "text")
     build(out / "vision", out / "text", out / "model")

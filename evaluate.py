@@ -47,6 +47,7 @@ from tqdm import tqdm
 import cli
 import data
 import engines
+import fast
 import lora
 import model as llava
 import order
@@ -463,7 +464,7 @@ def main(argv=None):
     dataset = open_rows(args, args.validation_data_path, folder, text)
     device = cli.find_device()
     dtype = torch.bfloat16 if args.bf16 else torch.float32
-    model = open_model(folder, args.adapter, args.bits, dtype, device)
+    model = fast.enable(open_model(folder, args.adapter, args.bits, dtype, device))
     collate = data.Collator(model.config.image_token_id, model.tokens_per_picture)
     options = options_of(args, device)
     metrics, answers = evaluate(model, dataset, engines.OneProcess(), collate, **options)

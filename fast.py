@@ -293,13 +293,34 @@ def mask_later(scores, start, queries):
     scores.unflatten(1, (-1, queries))[..., start:].masked_fill_(later, -torch.inf)
 
 
+def attend_by_rows(q, k, v, mask, scale):
+    """Causal attention of rows that are padded on the left, each without its padding and so without
+    a mask: torch's kernel then skips what comes later. None where the mask is another.
+    """
+    lengths = mask[:, 0, -1].sum(-1)  # (B,): the last position sees all of its row
+    if not torch.equal(mask.flatten(1).sum(1), lengths * (lengths + 1) // 2):
+        return None
+    out = torch.zeros_like(q)
+    for row, length in enumerate(lengths.tolist()):
+        qkv = (x[row : row + 1, :, -length:] for x in (q, k, v))
+        options = {"is_causal": True, "scale": scale, "enable_gqa": True}
+        out[row, :, -length:] = F.scaled_dot_product_attention(*qkv, **options)[0]
+    return out
+
+
 def attend(module, q, k, v, attention_mask, scaling, dropout=0.0, is_causal=None, **options):
-    """What transformers calls for attention: torch's own, but for training in bf16 on a CPU."""
-    whole = attention_mask is None and q.shape[2] == k.shape[2] > 1 and not dropout
+    """What transformers calls for attention: torch's own, but on a CPU for training in bf16, and for
+    the prompts of a generation.
+    """
+    is_causal, out = module.is_causal if is_causal is None else is_causal, None
     trains = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    is_causal = module.is_causal if is_causal is None else is_causal
-    if trains and whole and q.device.type == "cpu" and q.dtype == torch.bfloat16:
-        out = CPUAttention.apply(q, k, v, scaling, is_causal)
+    if q.device.type == "cpu" and q.shape[2] == k.shape[2] > 1 and not dropout:
+        masked = attention_mask is not None and attention_mask.dtype == torch.bool
+        if masked and not trains:
+            out = attend_by_rows(q, k, v, attention_mask, scaling)
+        elif trains and attention_mask is None and q.dtype == torch.bfloat16:
+            out = CPUAttention.apply(q, k, v, scaling, is_causal)
+    if out is not None:
         return out.transpose(1, 2).contiguous(), None  # (B, T, H, C)
     options |= {"dropout": dropout, "scaling": scaling, "is_causal": is_causal}
     return sdpa_attention_forward(module, q, k, v, attention_mask, **options)

@@ -6,6 +6,7 @@ import importlib
 import shutil
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -383,6 +384,31 @@ def test_the_backward_pass_of_attention_is_exact_in_bf16(offset):
     for mine, theirs, true in zip(found, run(torchs, tensors), exact):
         assert mine.dtype == torch.bfloat16
         assert (mine - true).norm() < max(1.1 * (theirs - true).norm(), 0.01 * true.norm())
+
+
+@pytest.mark.parametrize("lengths", [(7, 3, 12, 1), (5, 5)])
+def test_prompts_padded_on_the_left_attend_as_under_their_mask(lengths):
+    """In the positions that are read; under any other mask torch's attention stays."""
+    rows, longest = len(lengths), max(lengths)
+    q = torch.randn(rows, 6, longest, 8, dtype=torch.float64)
+    k, v = torch.randn(2, rows, 3, longest, 8, dtype=torch.float64)
+    real = torch.arange(longest) >= longest - torch.tensor(lengths)[:, None]  # (B, T)
+    causal = torch.ones(longest, longest, dtype=torch.bool).tril()
+    mask = (causal & real[:, None] & real[:, :, None])[:, None]  # (B, 1, T, T)
+    found = fast.attend_by_rows(q, k, v, mask, 0.3)
+    wanted = F.scaled_dot_product_attention(q, k, v, mask, scale=0.3, enable_gqa=True)
+    places = real[:, None].expand(rows, 6, longest)
+    torch.testing.assert_close(found[places], wanted[places], atol=1e-10, rtol=0)
+    padded_right = torch.ones_like(mask[:, :, :, -1:]) & causal & (torch.arange(longest) < 2)
+    for other in (mask & causal.triu(-2), mask | mask.mT, padded_right):  # the first is a window
+        assert fast.attend_by_rows(q, k, v, other, 0.3) is None
+    attended = []
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(fast, "attend_by_rows", lambda *given: attended.append(given))
+        module = types.SimpleNamespace(is_causal=True, num_key_value_groups=2, training=False)
+        for given in (mask, None):
+            fast.attend(module, q, k, v, given, 0.3)
+    assert len(attended) == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
