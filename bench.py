@@ -118,13 +118,13 @@ def make_rows(mix: str, rows: int, out: Path):
     for i in range(rows):
         pixels = noise.integers(0, 255, (480, 640, 3), dtype=np.uint8)
         data.Image.fromarray(pixels).save(out / f"images/{i}.jpg")
-        said = []
+        turns = []
         for turn in turns_of(mix, rng):
             for who, count in zip(("human", "gpt"), turn):
                 words = rng.choices(["red", "blue", "circle", "one", "left"], k=count)
-                said.append({"from": who, "value": " ".join(words)})
-        said[0]["value"] = f"{data.IMAGE}\n" + said[0]["value"]
-        records.append({"id": str(i), "image": f"{i}.jpg", "conversations": said})
+                turns.append({"from": who, "value": " ".join(words)})
+        turns[0]["value"] = f"{data.IMAGE}\n" + turns[0]["value"]
+        records.append({"id": str(i), "image": f"{i}.jpg", "conversations": turns})
     (out / f"{mix}.json").write_text(json.dumps(records))
 
 

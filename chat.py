@@ -105,10 +105,10 @@ class Conversation:
             if "streamer" not in options:
                 raise
             answer = options["streamer"].stop()
-        said = answer
-        while self.text.control.search(said):  # </s> and the like, spelt out
-            said = self.text.control.sub("", said)
-        self.messages = [*messages, {"role": "assistant", "content": said}]
+        content = answer
+        while self.text.control.search(content):  # </s> and the like, spelt out
+            content = self.text.control.sub("", content)
+        self.messages = [*messages, {"role": "assistant", "content": content}]
         self.pixels, self.new = pixels, []
         return answer
 

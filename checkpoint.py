@@ -12,12 +12,12 @@ The order of rows follows from seed and step, and so does dropout, as the loop s
 at each step. So a run goes on from these alone, whatever its engine and number of processes:
 
     run_id = open_run(out, same, resume)
-    lock = begin(out, run_id, same, flags)                      # on rank 0; held as long as the run lives
-    progress = load(engine, out, resume, run_id)          # None: there is nothing to resume from
-    save(engine, out, progress, limit=2)                  # every few steps
+    lock = begin(out, run_id, same, flags)          # on rank 0; open as long as the run lives
+    progress = load(engine, out, resume, run_id)    # None: there is nothing to resume from
+    save(engine, out, progress, limit=2)            # every few steps
 
-An engine has `rank`, `world`, `gather(list)` (the lists of all ranks as one), `trained` (a dict whose
-keys name the weights) and
+An engine (engines.py) has `rank`, `world`, `gather(list)` (the lists of all ranks as one),
+`trained` (a dict whose keys name the weights) and
 
     get(name, part)           the whole tensor, on every rank: it may gather
     put(name, part, value)    sets this rank's share of it
@@ -141,8 +141,8 @@ def step_of(folder: Path) -> int:
 
 
 def save(engine, out: Path, progress: dict, limit: int = -1, also=None):
-    """Writes a checkpoint aside, every rank its share of whole tensors, and renames it. The newest
-    `limit` are kept (-1: all). `also(folder)` may add files to it; every rank calls it.
+    """Writes a checkpoint under another name, every rank its share of whole tensors; renames it.
+    The newest `limit` are kept (-1: all). `also(folder)` may add files; every rank calls it.
     """
     target = out / f"checkpoint-{progress['step']}"
     part = target.with_suffix(".part")
@@ -186,7 +186,7 @@ def write_tensors(tensors: dict, file: Path):
 
 
 def publish(part: Path, target: Path, written: list[str], progress: dict):
-    """Makes the folder `part` the checkpoint `target`, if all files that the ranks wrote are there."""
+    """Makes the folder `part` the checkpoint `target`, if all files that ranks wrote are there."""
     for name in written:
         if not (part / name).is_file():
             advice = "--output_dir must be on a disk that all nodes share"
@@ -199,7 +199,7 @@ def publish(part: Path, target: Path, written: list[str], progress: dict):
 
 
 def load(engine, out: Path, resume: str, run_id: str) -> dict | None:
-    """Puts the newest whole checkpoint, or the one that `resume` names, into the engine, and returns
+    """Puts the newest whole checkpoint, or the one that `resume` names, into the engine; returns
     its progress; None for a run that was stopped before its first one.
     """
     # Rank 0 chooses for all: on a network's disk nodes may see a folder at different moments.

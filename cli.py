@@ -78,7 +78,7 @@ def one_line(text) -> str:
 
 
 def in_words(error: Exception, less_memory: str = "") -> str:
-    """What a user is told of a mistake: a ValueError, what the system says of files, lack of memory.
+    """What a user is told of a mistake: a ValueError, what the system says of files, no memory.
     All else, a bug or a library's, is raised again with its traceback.
     """
     text, full = str(error), "out of memory|can't allocate memory"
@@ -98,8 +98,8 @@ def folded(text: str, stream) -> str:
 
 
 def command(main):
-    """Makes `main(argv)` return a status: what it returns, 0 for None, 2 for a user's mistake, whose
-    text is shown as one line.
+    """Makes `main(argv)` return a status: what it returns, 0 for None, 2 for a user's mistake,
+    which is shown as one line.
     """
     name = Path(main.__code__.co_filename).name
 
@@ -108,6 +108,8 @@ def command(main):
         logging.set_verbosity_error()
         logging.disable_progress_bar()
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # it warns where we fork workers
+        if not torch.cuda.is_available():
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would say that it looks
         try:
             return main(argv) or 0
         except Exception as error:
@@ -147,7 +149,7 @@ def find_device() -> str:
     """cuda or cpu. ValueError where torch does not see a GPU that is there: what is meant for it
     must not spend days on the CPU.
     """
-    # Read when a GPU's memory is first asked for. Rows differ in length: else freed pieces do not fit.
+    # Read when a GPU's memory is first asked for. Rows differ in length: freed pieces do not fit.
     if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     if torch.cuda.is_available():
@@ -156,8 +158,8 @@ def find_device() -> str:
     if not hidden and (found := unseen_gpu()):
         cuda = f"CUDA {torch.version.cuda}" if torch.version.cuda else "the CPU alone"
         raise ValueError(
-            f"torch {torch.__version__} sees no GPU, but {found}: it is built for {cuda} (13.0 needs "
-            "driver 580). https://download.pytorch.org/whl has builds for other drivers, as cu126; "
+            f"torch {torch.__version__} sees no GPU, but {found}: it is built for {cuda} (13.0 "
+            "needs driver 580). https://download.pytorch.org/whl has builds for other drivers, as cu126; "
             "to use the CPU all the same: CUDA_VISIBLE_DEVICES= (empty)"
         )
     return "cpu"

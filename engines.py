@@ -145,7 +145,7 @@ class ZeRO:
             self.optimizer._lazy_init_hp_params_optimizer_state()  # private
 
     def _masters(self) -> list:
-        """The flat tensors that this rank's AdamW updates, one or several for each of its groups."""
+        """The flat tensors that this rank's AdamW updates, one or several for each group."""
         if self.stage == 2:
             return self.optimizer.single_partition_of_fp32_groups  # private
         return self.optimizer.fp32_partitioned_groups_flat  # private

@@ -71,7 +71,8 @@ def use_or_stop(faults: list[str], on_bad_record: str):
     """Raises ValueError for a row that could not be used, or says that it is skipped."""
     for fault in faults:
         if on_bad_record == "stop":
-            advice = "`python check.py`, with the same --version, lists such rows, --on_bad_record skip passes over"
+            advice = "`python check.py`, with the same --version, lists such rows, "
+            advice += "--on_bad_record skip passes over"
             raise ValueError(f"{fault} ({advice})")
         tqdm.write(cli.folded(f"skipped: {fault}", sys.stderr), file=sys.stderr)
 

@@ -209,7 +209,7 @@ class RMSNorm(torch.autograd.Function):
 
 
 def rms_norm(self, x):
-    """LlamaRMSNorm's forward; bf16 is rounded once, where transformers rounds before `weight` too."""
+    """LlamaRMSNorm's forward; bf16 is rounded once; transformers rounds before `weight` too."""
     if x.is_cuda:  # torch has one kernel for it, and one for its gradient
         return F.rms_norm(x, self.weight.shape, self.weight, self.variance_epsilon)
     return RMSNorm.apply(x, self.weight, self.variance_epsilon)
@@ -309,7 +309,7 @@ def attend_by_rows(q, k, v, mask, scale):
 
 
 def attend(module, q, k, v, attention_mask, scaling, dropout=0.0, is_causal=None, **options):
-    """What transformers calls for attention: torch's own, but on a CPU for training in bf16, and for
+    """What transformers calls for attention: torch's own, but on a CPU for training in bf16 and for
     the prompts of a generation.
     """
     is_causal, out = module.is_causal if is_causal is None else is_causal, None
@@ -362,7 +362,7 @@ def faster_forward(module):
 
 
 def use_faster_attention(module):
-    """Has `attend` called where transformers chose torch's attention, in the families that we know."""
+    """Has `attend` called where transformers chose torch's attention, in families that we know."""
     config = getattr(module, "config", None)
     known = getattr(config, "model_type", None) in ATTENTION
     if known and config._attn_implementation == "sdpa":

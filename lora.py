@@ -4,8 +4,8 @@ r"""LoRA and QLoRA for the linear layers of any torch model, in PEFT's files.
                                               scale = alpha / r, with rsLoRA alpha / sqrt(r)
 
 Fine-tuning moves each W by a matrix of its own size. LoRA bets that this move has a low rank and
-learns it as B A: r (in + out) numbers instead of in * out. When training is over, W + scale * B A is
-an ordinary W again (merge.py). QLoRA is the same over a frozen base in 4 bits (nf4): half a byte for
+learns it as B A: r (in + out) numbers instead of in * out. After training, W + scale * B A is an
+ordinary W again (merge.py). QLoRA is the same over a frozen base in 4 bits (nf4): half a byte for
 each weight, and gradients pass through it on their way to adapters in full precision.
 
     inject(model, r".*\.(q|v)_proj", r=16, alpha=32)    # all else is frozen
@@ -367,8 +367,8 @@ def check_keys(tensors, shapes, config, folder):
 
 
 def read_adapter(folder, base=None, rename=str, model=None):
-    """(config, {key less the prefix: tensor}) of an adapter for a base: {name: tensor} as on disk, a
-    model, or both. Raises ValueError unless it has just the keys and shapes that its base asks for.
+    """(config, {key less the prefix: tensor}) of an adapter for a base: {name: tensor} as on disk,
+    a model, or both. Raises ValueError unless it has just the keys and shapes that this asks for.
     """
     folder, base = Path(folder), base or {}
     if not (folder / CONFIG).is_file():

@@ -66,7 +66,7 @@ class VisionTower(nn.Module):
         tower = AutoModel.from_config(vision)
         self.vision_model = getattr(tower, "vision_model", tower)  # transformers has both layouts
         self.vision_model.post_layernorm = nn.Identity()
-        # "default" leaves CLIP's CLS out, which stands in front; "full" takes all, as SigLIP has none.
+        # "default" leaves CLIP's CLS out, which stands in front; "full" takes all: SigLIP has none.
         self.first = 1 if config.vision_feature_select_strategy == "default" else 0
 
     def forward(self, pixel_values):
@@ -88,7 +88,7 @@ class Projector(nn.Sequential):
 
 
 def merge(embeds, features, is_image):
-    """embeds (B, T, D) with features (N, P, D) written over the positions is_image (B, T), in order."""
+    """embeds (B, T, D) with features (N, P, D) written over where is_image (B, T), in order."""
     rows = features.flatten(0, 1).to(embeds.dtype)  # (N * P, D)
     assert is_image.sum() == len(rows), f"{is_image.sum()} places for {len(rows)} image features"
     return embeds.index_put((is_image,), rows)  # (B, T, D)
@@ -267,7 +267,7 @@ def is_never_run(name: str, config: LlavaConfig) -> bool:
 
 
 def tidy(tensors: dict, config: LlavaConfig) -> dict:
-    """The tensors of a folder by canonical names, less old buffers and a tied head's second copy."""
+    """The tensors of a folder by canonical names, less old buffers and a tied head's copy."""
     buffers = r".*(position_ids|inv_freq|masked_bias)"
     names = {canonical(name): name for name in tensors if not re.fullmatch(buffers, name)}
     tensors = {canonical_name: tensors[name] for canonical_name, name in names.items()}
@@ -386,7 +386,7 @@ def check_head(language_model):
 
 
 def from_pretrained(folder: str | Path, dtype=None, device="cpu", quantize=None) -> Llava:
-    """The model of a LLaVA folder or hub id, weights mapped from its files and cast to `dtype` last.
+    """The model of a LLaVA folder or hub id, weights mapped from files and cast to `dtype` last.
 
     `dtype` None leaves them as they are on disk; `quantize`: see `load_weights`. Raises
     FileNotFoundError or ValueError where something is missing, unexpected or mis-shaped.

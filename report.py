@@ -75,8 +75,8 @@ def memory(model, count, world: int, stage: int, masters: bool) -> dict:
     weights = sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in model.parameters())
     trained = count(p for p in model.parameters() if p.requires_grad)
     trained /= world if stage >= 2 else 1
-    held = {"weights": weights / (world if stage == 3 else 1), "gradients": 4 * trained}
-    return held | {"masters": 4 * trained * masters, "moments": 8 * trained}
+    sizes = {"weights": weights / (world if stage == 3 else 1), "gradients": 4 * trained}
+    return sizes | {"masters": 4 * trained * masters, "moments": 8 * trained}
 
 
 # What --offload keeps in the host's memory.
@@ -84,15 +84,15 @@ ON_HOST = {"none": [], "optimizer": ["gradients", "masters", "moments"]}
 ON_HOST["all"] = ["weights", *ON_HOST["optimizer"]]
 
 
-def show_memory(held: dict, offload: str = "none"):
+def show_memory(sizes: dict, offload: str = "none"):
     """Prints it, and on a GPU whether it has room for that, without any activations."""
     away = ON_HOST[offload]
-    sizes = ", ".join(f"{what} {size / 2**20:,.1f} MiB" for what, size in held.items())
-    print(f"memory: {sizes}" + (f"; on the host: {', '.join(away)}" if away else ""), flush=True)
+    shown = ", ".join(f"{what} {size / 2**20:,.1f} MiB" for what, size in sizes.items())
+    print(f"memory: {shown}" + (f"; on the host: {', '.join(away)}" if away else ""), flush=True)
     if not torch.cuda.is_available():
         return
     room = torch.cuda.get_device_properties().total_memory
-    here = sum(size for what, size in held.items() if what not in away)
+    here = sum(size for what, size in sizes.items() if what not in away)
     if here > room:
         print(
             f"this does not fit: {here / 2**30:,.1f} GiB, and the GPU has {room / 2**30:,.1f}; try "
@@ -103,7 +103,7 @@ def show_memory(held: dict, offload: str = "none"):
 
 
 def before_step_1(run, args, stage: int, count):
-    """Prints what trains, the arithmetic of batches, and that of memory; `stage` is ZeRO's, or 0."""
+    """Prints what trains, the arithmetic of batches, and of memory; `stage` is ZeRO's, or 0."""
     micro, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
     world = run.engine.world
     show_modules(run.model, count)
@@ -140,7 +140,7 @@ def peak(device: str) -> dict:
 
 
 def dry_run(seconds: list, plan, lengths, total: int, device: str):
-    """Prints what the first steps of a `plan` (steps, rows), each of which took so many seconds, say
+    """Prints what the first steps of a `plan` (steps, rows), which took so many seconds each, say
     of a run of `total` steps.
     """
     tokens = np.where(plan < 0, 0, lengths[plan]).sum(axis=1)  # of each step, about
@@ -218,8 +218,8 @@ class TensorBoard(Silent):
         self.writer.flush()
 
     def evaluation(self, metrics, answers, sheet):
-        said = [f"{a['question']} > {a['prediction']} ({a['answer']})" for a in answers]
-        self.writer.add_text("answers", "\n\n".join(said), metrics["step"])
+        lines = [f"{a['question']} > {a['prediction']} ({a['answer']})" for a in answers]
+        self.writer.add_text("answers", "\n\n".join(lines), metrics["step"])
         self.writer.add_image("samples", np.asarray(sheet), metrics["step"], dataformats="HWC")
         self.step(metrics)
 

@@ -14,8 +14,9 @@ micro batches on each of `world` processes. Its loss is
 
     sum over all supervised tokens of the window / their number
 
-so any split of the same rows, and any padding, gives the same gradients (dropout aside). SIGTERM,
-SIGINT, SIGUSR1 and a file OUTPUT_DIR/stop ask a run to save after its step and to end with status 3.
+so any split of the same rows, and any padding, gives the same gradients, but for dropout. An engine
+(engines.py) steps: plain torch, or DeepSpeed's ZeRO where --deepspeed names its file. SIGTERM,
+SIGINT, SIGUSR1 and a file OUTPUT_DIR/stop ask a run to save after its step and end with status 3.
 
 With --bf16, weights and activations are bf16, gradients are added up in fp32, and what trains has
 an fp32 master copy, which the optimizer updates and checkpoints hold. Without it all is fp32.
@@ -168,7 +169,7 @@ def contradictions(args):
         only = "a new adapter (--train_type use_lora without --adapter)"
         yield f"{' '.join(for_new)} is for {only}: leave it out"
     if args.train_type != "use_lora" and (args.bits == 4 or args.adapter):
-        yield f"--train_type {args.train_type} trains the base: --bits 4 and --adapter are for use_lora"
+        yield f"--train_type {args.train_type}: --bits 4 and --adapter are for use_lora"
     if args.train_type == "use_lora" and args.image_aspect_ratio:
         yield "--image_aspect_ratio: an adapter sees pictures as its base does: leave it out"
     if args.early_stopping_patience and not args.validation_data_path:
