@@ -6,14 +6,14 @@
     cross entropy    12 > 2.2 bytes a logit, in two thirds    2,000 x 151,936 logits in bf16, peak
                      of the time                              of forward and backward
     LoRA             4.2 > 0.7 bytes kept a number of the     what autograd saves, dropout 5 %, r an
-                     input; a step is a tenth shorter         eighth of the width; bench.py
-    RMSNorm          6 > 2 bytes kept a number; a step is     what autograd saves; bench.py
-                     a tenth shorter
-    SwiGLU           8 > 6 bytes kept a number of the         what autograd saves
-                     MLP's width
-    attention        67 > 53 ms a layer                       4 x 784 tokens, 9 heads of 64
-    freed memory     a step is a quarter shorter with         bench.py
-                     --train_type full, 6 % with LoRA
+                     input; a step 8.6 > 6.9 s                eighth of the width; bench.py, use_lora
+    RMSNorm          6 > 2 bytes kept a number;               what autograd saves;
+                     peak 7.01 > 6.55 GiB                     bench.py, full
+    SwiGLU           8 > 6 bytes kept a number of the         what autograd saves;
+                     MLP's width; peak 6.75 > 6.55 GiB        bench.py, full
+    attention        67 > 53 ms a layer in training           4 x 784 tokens, 9 heads of 64
+                     9.2 > 8.8 s for 16 prompts and answers   bench.py, generate
+    freed memory     a step is 5 % shorter                    bench.py, full
 
 (bench.py: --shape 135m --dtype bf16 on 2 CPU cores, with and without the entry.) A step of a small
 plain Llama of transformers, 4 x 512 tokens and 32,000 words in bf16: its peak is 768 > 158 MiB.
