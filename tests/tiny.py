@@ -5,6 +5,7 @@ import functools
 import importlib.util
 import io
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -48,6 +49,7 @@ HERE = Path(train.__file__).parent
 
 
 torch.set_num_threads(1)  # sums in one order: processes and this one agree to the bit
+os.environ["OMP_NUM_THREADS"] = "1"  # accelerate would set another number
 
 
 TEXT = [
