@@ -86,12 +86,12 @@ def loader(dataset, batches: list, collate, workers: int, pin_memory: bool = Fal
     return torch.utils.data.DataLoader(dataset, batch_sampler=batches, **options)
 
 
-def windows(plan, step: int, accumulation: int, world: int, rank: int, dataset, *options):
+def windows(plan, per_epoch, step, accumulation, world, rank, dataset, *options):
     """This rank's micro-batches of each optimizer step from `step` on, epoch after epoch.
 
-    plan(epoch) is `plan_epoch`'s; dataset and options are `loader`'s.
+    plan(epoch) is `plan_epoch`'s, of per_epoch steps; dataset and options are `loader`'s.
     """
-    epoch, start = divmod(step, len(plan(0)))
+    epoch, start = divmod(step, per_epoch)
     while True:
         micro = micro_batches(plan(epoch), accumulation, world, rank, start)
         batches = iter(loader(dataset, micro, *options))

@@ -372,9 +372,10 @@ class Run:
     def windows(self):
         """This rank's micro-batches of each optimizer step that is left."""
         args, engine = self.args, self.engine
+        place = self.per_epoch, self.progress["step"]
         share = args.gradient_accumulation_steps, engine.world, engine.rank
         options = self.collate, args.dataloader_num_workers, self.device == "cuda"
-        return order.windows(self.plan, self.progress["step"], *share, self.rows, *options)
+        return order.windows(self.plan, *place, *share, self.rows, *options)
 
     def validate(self):
         rows, step = self.validation, self.progress["step"]
