@@ -57,6 +57,7 @@ CASES = {
     "generate": ([], []),
 }
 PEERS = ["peer", "plain", "checkpointing", "fp32_folder"]
+OURS = ("ours", "plain")  # the sides that are this project
 TEXT = "hidden_size num_hidden_layers num_attention_heads num_key_value_heads intermediate_size"
 TOWER = "hidden_size num_hidden_layers num_attention_heads intermediate_size"
 SHAPES = {  # the language model's TEXT and vocabulary, the TOWER's
@@ -323,7 +324,7 @@ def loss_of(model, batch: dict, peer: bool) -> float:
 @torch.no_grad()
 def run_without_training(job: dict) -> dict:
     """Seconds of each batch, and the loss over its rows or the answers to its questions."""
-    peer, size, rows = job["side"] not in ("ours", "plain"), job["micro_batch"], open_rows(job)
+    peer, size, rows = job["side"] not in OURS, job["micro_batch"], open_rows(job)
     if peer:
         model = open_peer(job).to(device())
     else:
@@ -359,7 +360,7 @@ def run_job(job: dict) -> dict:
     """In that process: the job's result, and the most memory that it held."""
     transformers.utils.logging.set_verbosity_error()
     torch.manual_seed(0)
-    work = run_ours if job["side"] in ("ours", "plain") else run_peer
+    work = run_ours if job["side"] in OURS else run_peer
     if job["case"] in ("evaluate", "generate"):
         work = run_without_training
     return work(job) | {"peak_gib": report.peak(device())["peak_gib"]}

@@ -77,14 +77,19 @@ def one_line(text) -> str:
     return " ".join(str(text).split())
 
 
+def lacks_memory(error: Exception) -> bool:
+    full = "out of memory|can't allocate memory"
+    return isinstance(error, RuntimeError) and re.search(full, str(error)) is not None
+
+
 def in_words(error: Exception, less_memory: str = "") -> str:
     """What a user is told of a mistake: a ValueError, what the system says of files, no memory.
     All else, a bug or a library's, is raised again with its traceback.
     """
-    text, full = str(error), "out of memory|can't allocate memory"
+    text = str(error)
     if isinstance(error, (EOFError, ConnectionError)) or "DataLoader worker" in text:
         return "a process that prepares rows has died (killed?): try --dataloader_num_workers 0"
-    if less_memory and isinstance(error, RuntimeError) and re.search(full, text):
+    if less_memory and lacks_memory(error):
         return f"out of memory: try {less_memory}"
     if not isinstance(error, (ValueError, OSError, SafetensorError)):
         raise error

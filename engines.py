@@ -17,7 +17,6 @@ partitions these among the processes (stage 2), and the weights too (stage 3).
 """
 
 import functools
-import json
 import math
 from pathlib import Path
 
@@ -52,7 +51,7 @@ def make_moments(adamw, weights):
 class OneProcess:
     """What an evaluation asks of an engine; of one process, whose numbers are all there are."""
 
-    rank, world, stage = 0, 1, 0
+    rank, world, stage = 0, 1, 0  # ZeRO's stage
 
     def sum(self, *numbers):
         return numbers
@@ -242,13 +241,10 @@ class ZeRO:
 def deepspeed_config(args) -> dict:
     """The file of --deepspeed and, from the flags, what it must leave to them."""
     where = f"--deepspeed {args.deepspeed}"
-    try:
-        config = json.loads(Path(args.deepspeed).read_text())
-        zero = config.get("zero_optimization", {})
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{where}: no such file") from None
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{where}: not a JSON object ({error})") from None
+    if not Path(args.deepspeed).is_file():
+        raise FileNotFoundError(f"{where}: no such file")
+    config = lora.read_json(Path(args.deepspeed))
+    zero = config.get("zero_optimization", {})
     flags = {
         "train_micro_batch_size_per_gpu": args.per_device_train_batch_size,
         "gradient_accumulation_steps": args.gradient_accumulation_steps,

@@ -57,13 +57,12 @@ def open_model(
     folder, adapter=None, bits=16, dtype=None, device="cpu", quant_storage=torch.uint8
 ) -> llava.Llava:
     """The model of a folder, with its decoder in 4 bits and with an adapter, where asked for."""
+    folder = llava.resolve(folder)
     options = {"device": device, "quant_storage": quant_storage, "target_modules": llava.DECODER}
     quantize = functools.partial(lora.quantize, compute_dtype=dtype or torch.float32, **options)
     model = llava.from_pretrained(folder, dtype, device, quantize if bits == 4 else None)
     if adapter:
-        lora.load(
-            model, adapter, llava.open_weights(llava.resolve(folder)), llava.transformers_name
-        )
+        lora.load(model, adapter, llava.open_weights(folder), llava.transformers_name)
     return model
 
 
@@ -310,7 +309,7 @@ def advice_where_memory_ends(batch_size: int):
     try:
         yield
     except RuntimeError as error:
-        if not re.search("out of memory|can't allocate memory", str(error)):
+        if not cli.lacks_memory(error):
             raise
         fewer = f"--per_device_eval_batch_size {max(1, batch_size // 2)}"
         raise ValueError(f"out of memory in an evaluation: try {fewer}") from None

@@ -102,10 +102,10 @@ def show_memory(sizes: dict, offload: str = "none"):
         )
 
 
-def before_step_1(run, args, stage: int, count):
-    """Prints what trains, the arithmetic of batches, and of memory; `stage` is ZeRO's, or 0."""
+def before_step_1(run, args, count):
+    """Prints what trains, the arithmetic of batches, and of memory."""
     micro, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
-    world = run.engine.world
+    world, stage = run.engine.world, run.engine.stage
     show_modules(run.model, count)
     show_batches(micro, accumulation, world, len(run.rows), run.per_epoch, run.total)
     masters = args.bf16 or stage > 0  # DeepSpeed has fp32 masters of fp32 weights too

@@ -343,7 +343,7 @@ class Run:
         self.per_epoch = len(self.plan(0))  # steps
         self.total = math.ceil(self.per_epoch * args.num_train_epochs)
         self.total = args.max_steps if args.max_steps > 0 else self.total
-        report.before_step_1(self, args, stage, lora.count)
+        report.before_step_1(self, args, lora.count)
         tried = min(5, self.per_epoch, self.total)  # of --dry_run: the heaviest step comes first
         self.last_step = tried if args.dry_run else self.total
         self.begin(run_id, same)
