@@ -36,22 +36,28 @@ def words_of(flags):
     ]
 
 
-def argv_of(world, out, **flags):
-    flags = {
+def flags_of(world, out):
+    """What train.py and evaluate.py are both told."""
+    return {
         "model_name_or_path": world / "llava",
-        "data_path": world / "rows.json",
         "image_folder": world / "images",
         "output_dir": out,
-        "train_type": "full",
         "bf16": False,
+        "max_new_tokens": 4,
+        "dataloader_num_workers": 0,
+    }
+
+
+def argv_of(world, out, **flags):
+    defaults = {
+        "data_path": world / "rows.json",
+        "train_type": "full",
         "learning_rate": 1e-2,
         "max_steps": 6,
         "per_device_train_batch_size": 4,
         "eval_samples": 2,
-        "max_new_tokens": 4,
-        "dataloader_num_workers": 0,
-    } | flags
-    return words_of(flags)
+    }
+    return words_of(flags_of(world, out) | defaults | flags)
 
 
 def called(main, argv):
@@ -64,15 +70,7 @@ def called(main, argv):
 
 def evaluated(world, out, **flags):
     """Evaluates through main(argv); as `called`."""
-    flags = {
-        "model_name_or_path": world / "llava",
-        "validation_data_path": world / "rows.json",
-        "image_folder": world / "images",
-        "output_dir": out,
-        "bf16": False,
-        "max_new_tokens": 4,
-        "dataloader_num_workers": 0,
-    } | flags
+    flags = flags_of(world, out) | {"validation_data_path": world / "rows.json"} | flags
     return called(evaluate.main, words_of(flags))
 
 
