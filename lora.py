@@ -281,12 +281,12 @@ def options_of(model):
     return dict(zip(DEFAULTS, options.pop()))
 
 
-def save(model, out, base=None, rename=str, modules_to_save=(), tensors=None, base_name=None):
+def save(model, out, base_hash=None, rename=str, modules_to_save=(), tensors=None, base_name=None):
     """Writes all that trains, in fp32, as an adapter: a folder with a config and the weights.
 
-    base is the fingerprint of the base model, base_name what its user calls it. modules_to_save are
-    the paths of the modules that train whole, tensors {parameter name: tensor} is written in place
-    of the model's own.
+    base_hash is the fingerprint of the base model, base_name what its user calls it,
+    modules_to_save are the paths of the modules that train whole, and tensors {parameter name:
+    tensor} is written in place of the model's own.
     """
     modules_to_save = [rename(module) for module in modules_to_save]
     keys = adapter_keys(model, rename, modules_to_save)
@@ -315,7 +315,7 @@ def save(model, out, base=None, rename=str, modules_to_save=(), tensors=None, ba
         "bias": "none",
         # The rest is ours; PEFT passes over it.
         "quantized": [rename(name) for name, p in model.named_parameters() if is_nf4(p)],
-        "base_fingerprint": base,
+        "base_fingerprint": base_hash,
     }
     (out / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
 

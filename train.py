@@ -54,8 +54,8 @@ import report
 
 # --- the recipe of each train type ---
 
-# What trains whole, and LLaVA-1.5's learning rate, rows of a micro batch, and template. Its global
-# batch is 256 rows in stage 1 and 128 in stage 2, on eight GPUs.
+# What trains whole (use_lora's adapters come on top), and LLaVA-1.5's learning rate, rows of a
+# micro batch, and template. Its global batch is 256 rows in stage 1, 128 in stage 2, on eight GPUs.
 TRAIN_TYPES = {
     "projector": (["multi_modal_projector"], 1e-3, 32, "plain"),
     "freeze_vision": (["multi_modal_projector", "language_model"], 2e-5, 16, "own"),
@@ -128,12 +128,8 @@ def parse(argv) -> argparse.Namespace:
     add("--gradient_checkpointing", **cli.BOOLEAN, help="default: on, but not in stage 1")
     add("--dataloader_num_workers", type=number(int, 0), default=min(4, cores), help="processes")
     add("--deepspeed", help="ds_zero2.json or ds_zero3.json, under the deepspeed launcher")
-    add(
-        "--offload",
-        choices=list(engines.OFFLOADED),
-        default="none",
-        help="to the host; all: ZeRO-3",
-    )
+    offloaded = "to the host's memory: the optimizer, or (ZeRO-3) the weights too"
+    add("--offload", choices=list(engines.OFFLOADED), default="none", help=offloaded)
     add("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher's
     add("--dry_run", **cli.BOOLEAN, default=False, help="measure memory and time, write nothing")
 
@@ -145,13 +141,14 @@ def parse(argv) -> argparse.Namespace:
     add("--max_new_tokens", type=count, default=64, help="tokens of an answer")
     add("--save_steps", type=count_or_off, default=500, help="steps between; -1: none")
     add("--save_total_limit", type=count_or_off, default=2, help="checkpoints kept; -1: all")
-    add("--resume_from_checkpoint", nargs="?", const="latest", help="a checkpoint, or latest")
+    resumed = "a checkpoint, or latest, which begins where there is none"
+    add("--resume_from_checkpoint", nargs="?", const="latest", help=resumed)
     add("--logging_steps", type=count, default=1, help="steps between lines of metrics.jsonl")
-    add("--report_to", choices=list(report.TRACKERS), default="none", help="a tracker, too")
+    add("--report_to", choices=list(report.TRACKERS), default="none", help="a tracker of figures")
 
     args = parser.parse_args(argv)
-    if args.resume_from_checkpoint in ("True", "False"):  # what Trainer's users write
-        args.resume_from_checkpoint = {"True": "latest"}.get(args.resume_from_checkpoint)
+    resume = args.resume_from_checkpoint
+    args.resume_from_checkpoint = {"True": "latest", "False": None}.get(resume, resume)  # Trainer's
     for message in contradictions(args):
         parser.error(message)
     fill_in(args)
@@ -209,7 +206,9 @@ def trained_whole(model, train_type: str) -> tuple:
     """The parts that train whole. PEFT keeps a part frozen where it has adapters, and so do we."""
     adapted = [name for name, module in model.named_modules() if isinstance(module, lora.LoRA)]
     parts = TRAIN_TYPES[train_type][0]
-    return tuple(part for part in parts if not any(name.startswith(part) for name in adapted))
+    return tuple(
+        part for part in parts if not any(lora.is_inside(name, [part]) for name in adapted)
+    )
 
 
 def add_adapters(model, args, dtype):
@@ -243,7 +242,7 @@ def load_model(args, source: Path, device: str, stage: int = 0):
         add_adapters(model, args, dtype)
     trained = trained_whole(model, args.train_type)
     for name, p in model.named_parameters():
-        trains = name.startswith(trained) or ".lora." in name
+        trains = lora.is_inside(name, trained) or ".lora." in name
         if args.adapter and p.requires_grad and not trains:
             advice = "merge it, and train a new adapter on that"
             raise ValueError(f"--adapter {args.adapter}: it trains {name} whole; {advice}")
@@ -474,7 +473,7 @@ def train(run: Run, args, signals: list) -> int:
             evaluate.use_or_stop(batch["faults"], args.on_bad_record)
         asked = bool(signals) or (out / "stop").exists()
         totals = engine.sum(*order.numbers_of(window), asked)
-        supervised, tokens, padded, rows, cut, skipped, stopping = totals
+        supervised, tokens, padded, rows, cut, skipped, stopping = totals  # of all ranks
 
         # Dropout: a resumed run draws the same, so no generator's state is ever saved.
         torch.manual_seed(seed_of(args.seed, progress["step"], engine.rank))

@@ -157,7 +157,7 @@ def test_change_the_towers_last_layer_alone_trains_by_one_line(world, tmp_path, 
     other = changed(
         train,
         1,
-        ('"full": (["vision_tower"', '"full": (["vision_tower.vision_model.encoder.layers.1."'),
+        ('"full": (["vision_tower"', '"full": (["vision_tower.vision_model.encoder.layers.1"'),
     )
     monkeypatch.setattr("processes.train", other)
     assert run(world, tmp_path / "a", max_steps=2)[0] == 0
@@ -170,6 +170,21 @@ def test_change_the_towers_last_layer_alone_trains_by_one_line(world, tmp_path, 
         "multi_modal_projector",
         "language_model",
     }
+
+
+def test_the_towers_last_layer_trains_and_is_kept_beside_adapters(world, tmp_path, monkeypatch):
+    layer = "vision_tower.vision_model.encoder.layers.1"
+    whole = '"use_lora": (["multi_modal_projector"'
+    other = changed(train, 1, (whole, f'{whole}, "{layer}"'))
+    monkeypatch.setattr("processes.train", other)
+    status, _, error = run(world, tmp_path / "a", **LORA, max_steps=2)
+    assert status == 0, error
+    before = evaluate.open_model(world / "llava").state_dict()
+    after = evaluate.open_model(world / "llava", tmp_path / "a/final").state_dict()
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    parts = tuple(f"{part}." for part in ("multi_modal_projector", layer))
+    assert moved and all(name.startswith(parts) for name in moved)
+    assert {part for part in parts for name in moved if name.startswith(part)} == set(parts)
 
 
 LLAMA_3 = (
@@ -404,7 +419,10 @@ def test_the_readmes_snippets_make_rows(tmp_path, monkeypatch):
         {"role": "user", "content": f"{IMAGE}\nWhat?"},
         {"role": "assistant", "content": "A frog."},
     ]
-    for before in ("out of Hugging Face `datasets`:", "`question` and `answer`:"):
+    for before in (
+        "out of Hugging Face `datasets` (install it, make `images`):",
+        "`question` and `answer`:",
+    ):
         parsed, _ = run_snippet(tmp_path, before)
         assert parsed == [(wanted, ["0.png"])]
         assert [data.parse_record(r) for r in json.loads(Path("train.json").read_text())] == parsed
