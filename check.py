@@ -145,8 +145,8 @@ def report(check: Check, max_length: int, positions: int) -> int:
         print(f"cut         {cut:,} rows ({cut / len(known):.2%}) at {max_length:,} tokens")
         print(f"supervised  {supervised.sum() / max(kept.sum(), 1):.1%} of the tokens")
         if beyond := (kept > positions).sum():
-            known = f"{positions:,} that the model knows: --model_max_length {positions}"
-            print(f"positions   {beyond:,} rows are longer than the {known}")
+            learnt = f"{positions:,} that the model knows: --model_max_length {positions}"
+            print(f"positions   {beyond:,} rows are longer than the {learnt}")
     repeated = [name for name, times in ids.items() if times > 1 and name != "None"]
     first = f", the first {repeated[0]}" if repeated else ""
     print(f"ids         {len(repeated):,} of them repeated{first}")

@@ -325,8 +325,8 @@ class ChatText:
                 # Empty lines in front would become one token with the template's newline.
                 content = re.sub(r"\A\s*[\r\n]", "", content)
             prepared.append({"role": role, "content": content})
-        pictures = prepared[0]["content"].count(IMAGE)
-        if self.version == "plain" and (len(prepared), pictures) != (2, 1):
+        pictures = [message["content"].count(IMAGE) for message in prepared]
+        if self.version == "plain" and pictures != [1, 0]:
             raise ValueError("--version plain takes one picture and one answer, in stage 1")
         return prepared
 
