@@ -208,8 +208,8 @@ def print_summary(model: llava.Llava, kind: str, out: Path):
     print(
         f"  {model.tokens_per_picture} tokens for a picture of {tower.image_size} x "
         f"{tower.image_size}; {IMAGE} is token {config.image_token_id} of {text.vocab_size}\n"
-        f"next: python train.py --train_type projector --model_name_or_path {shlex.quote(str(out))} \\\n"
-        "    --data_path captions.json --image_folder images --output_dir out/stage1"
+        f"next: python train.py --train_type projector --model_name_or_path {shlex.quote(str(out))}"
+        " \\\n    --data_path captions.json --image_folder images --output_dir out/stage1"
     )
 
 

@@ -164,8 +164,8 @@ def find_device() -> str:
         cuda = f"CUDA {torch.version.cuda}" if torch.version.cuda else "the CPU alone"
         raise ValueError(
             f"torch {torch.__version__} sees no GPU, but {found}: it is built for {cuda} (13.0 "
-            "needs driver 580). https://download.pytorch.org/whl has builds for other drivers, as cu126; "
-            "to use the CPU all the same: CUDA_VISIBLE_DEVICES= (empty)"
+            "needs driver 580). https://download.pytorch.org/whl has builds for other drivers, as "
+            "cu126; to use the CPU all the same: CUDA_VISIBLE_DEVICES= (empty)"
         )
     return "cpu"
 

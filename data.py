@@ -230,7 +230,8 @@ SYSTEM_AND_TURNS = (
 VERSIONS = ["plain", *TEMPLATES, "own"]  # --version; plain has no template, own is the folder's
 
 # Stands in front of any template, so that it takes contents as strings and as lists of parts, and a
-# question's only picture goes first, as in training. The second is for templates that want parts.
+# question's only picture goes first, as in training. AS_PARTS is for templates that want parts.
+# (It is for other programs, which read our folders: a first reading may pass over it.)
 AS_STRINGS = (
     "{% set all = namespace(messages=[], text='') %}"
     "{% for message in messages %}"
@@ -341,8 +342,8 @@ class ChatText:
     def find_answers(self, text: str, messages: list[dict]) -> list[tuple[int, int]]:
         """Where each answer begins and ends in the rendered text, walked along turn by turn.
 
-        It begins behind its question and what stands there in a generation prompt, and ends with
-        the first control string that follows: its end token.
+        It begins behind its question and what stands there in a generation prompt (`self.begin`, of
+        `use_template`), and ends with the first control string that follows: its end token.
         """
         at, answers = 0, []
         for n, message in enumerate(messages):

@@ -6,7 +6,7 @@
     cross entropy    12 > 2.2 bytes a logit, in two thirds    2,000 x 151,936 logits in bf16, peak
                      of the time                              of forward and backward
     LoRA             4.2 > 0.7 bytes kept a number of the     what autograd saves, dropout 5 %, r an
-                     input; a step 8.6 > 6.9 s                eighth of the width; bench.py, use_lora
+                     input; a step 8.6 > 6.9 s                eighth of the width; bench.py use_lora
     RMSNorm          6 > 2 bytes kept a number;               what autograd saves;
                      peak 7.01 > 6.55 GiB                     bench.py, full
     SwiGLU           8 > 6 bytes kept a number of the         what autograd saves;

@@ -5,8 +5,8 @@
 An adapter that was trained over 4 bits (QLoRA) never saw the weights on disk, but what nf4 made of
 them. It can be merged into either:
 
-    as it is        W' = W + scale * B A          what nf4 rounded away comes back, unseen in training
-    --dequantize    W' = nf4(W) + scale * B A     what was trained, rounded once to the dtype of W
+    as it is        W' = W + scale * B A        what nf4 rounded away comes back, not trained with
+    --dequantize    W' = nf4(W) + scale * B A   what was trained, rounded once to the dtype of W
 
 The distance that is printed is |W' - T| / |T|, with W' (out, in) as written and T as trained.
 """

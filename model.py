@@ -12,7 +12,7 @@ P patches of a picture (576), S supervised positions, D width of the language mo
 tower, V vocabulary.
 
     model = from_pretrained("llava-hf/llava-1.5-7b-hf", torch.bfloat16, "cuda")
-    loss, right = model(input_ids, pixel_values, labels)    # sums over the supervised positions
+    loss, right = model(input_ids, pixel_values, labels)    # summed loss; how many it got right
     loss.backward()
     new_ids = model.generate(input_ids, pixel_values, attention_mask, eos_token_id=[2])
     save_pretrained(model, "out", source="llava-hf/llava-1.5-7b-hf")
@@ -61,7 +61,7 @@ class VisionTower(nn.Module):
     def __init__(self, config: LlavaConfig):
         super().__init__()
         vision = copy.deepcopy(config.vision_config)
-        vision.num_hidden_layers += 1 + config.vision_feature_layer
+        vision.num_hidden_layers += 1 + config.vision_feature_layer  # -2: one layer less
         vision.vision_use_head = False  # SigLIP's pooling
         tower = AutoModel.from_config(vision)
         self.vision_model = getattr(tower, "vision_model", tower)  # transformers has both layouts

@@ -46,7 +46,7 @@ def metrics_of(folder):
 
 
 def prompt_and_picture(work):
-    """What people give transformers' processor: the template's text of a question, and a picture."""
+    """What people give transformers' processor: the text of a question, and its picture."""
     content = [{"type": "image"}, {"type": "text", "text": QUESTION}]
     processor = AutoProcessor.from_pretrained(work / "model")
     prompt = processor.apply_chat_template(

@@ -511,7 +511,7 @@ def train(run: Run, args, signals: list) -> int:
             run.validate()
         run.check_learning()
         if stopping or (args.save_steps > 0 and step % args.save_steps == 0):
-            run.save()
+            run.save()  # where it was saved above, again: now with the evaluation
 
     bar.close()
     if args.dry_run:
