@@ -318,11 +318,10 @@ def rows_a_step(args) -> int:
     return rows * int(os.environ["WORLD_SIZE"])
 
 
-# --- the loop ---
-
-
-def seed_of(*numbers: int) -> int:
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
+def training_mode(model):
+    """Dropout where it is asked for; the tower stays in eval mode, as when it learnt to see."""
+    model.train()
+    model.vision_tower.eval()
 
 
 class Run:
@@ -430,12 +429,6 @@ class Run:
             raise ValueError(f"{self.args.data_path}: {fault}: `python check.py` says why")
 
 
-def training_mode(model):
-    """Dropout where it is asked for; the tower stays in eval mode, as when it learnt to see."""
-    model.train()
-    model.vision_tower.eval()
-
-
 def open_run(args, source: Path, config: dict | None) -> Run | None:
     """The run of these flags, or None where it is complete."""
     if args.dry_run:
@@ -447,6 +440,13 @@ def open_run(args, source: Path, config: dict | None) -> Run | None:
         print(f"{out}: this run is complete")
         return None
     return Run(args, source, config, run_id, same)
+
+
+# --- the loop ---
+
+
+def seed_of(*numbers: int) -> int:
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
 
 
 def train(run: Run, args, signals: list) -> int:
