@@ -429,7 +429,7 @@ class Run:
             raise ValueError(f"{self.args.data_path}: {fault}: `python check.py` says why")
 
 
-def open_run(args, source: Path, config: dict | None) -> Run | None:
+def make_run(args, source: Path, config: dict | None) -> Run | None:
     """The run of these flags, or None where it is complete."""
     if args.dry_run:
         return Run(args, source, config, run_id="", same={})
@@ -542,7 +542,7 @@ def main(argv=None):
             handlers[number] = signal.signal(number, lambda *_: signals.append("stop"))
         torch.backends.cuda.matmul.allow_tf32 = args.tf32
         torch.manual_seed(args.seed)  # of new adapters
-        run, status = open_run(args, source, config), 0
+        run, status = make_run(args, source, config), 0
         if run:
             with contextlib.closing(run.log):
                 status = train(run, args, signals)
