@@ -1,20 +1,20 @@
 #!/usr/bin/env bash
 #SBATCH --job-name=llava --time=24:00:00 --requeue --open-mode=append --signal=B:USR1@300
 #SBATCH --nodes=1 --ntasks-per-node=1 --cpus-per-task=32 --gpus-per-node=a100:4
-#
+
 # Sets up on first use and runs the whole recipe: build a model, stage 1, stage 2, evaluate, talk to it.
-#
+
 #   bash run.sh          built-in data and a tiny model, on whatever machine this is
 #   bash run.sh test     the tests; test --all: the long ones too; test --gpu: those that need a GPU
 #   bash run.sh help     this text
 #   sbatch run.sh        under SLURM (cluster.md); sbatch's own flags, as --nodes=2, win over the lines above
-#
+
 # A step that is done is not done again, and one that was interrupted goes on where it was. SIGTERM, SIGINT, SIGHUP
 # and SIGUSR1 make the run save and end, with status 3. A SLURM job is queued again that was warned of its time limit
 # or of preemption, or failed after it had saved a checkpoint.
-#
+
 # Environment variables (none: the built-in recipe); relative paths start at this folder:
-#
+
 #   VISION_TOWER       CLIP's folder or hub id, as openai/clip-vit-large-patch14-336
 #   LANGUAGE_MODEL     the language model's folder or hub id, as Qwen/Qwen1.5-4B-Chat
 #   MODEL              instead of both: a LLaVA folder or hub id to start from
@@ -51,17 +51,17 @@ complete() {
 
 # An environment that has the packages is used as it is; else .venv is made.
 setup() {
-  if ! complete python "$@"; then
-    [ -x .venv/bin/pip ] || python3 -c "import sys; sys.exit(sys.version_info < (3, 11))" ||
-      refuse "needs Python 3.11 or newer, and python3 is $(python3 --version)"
-    [ -x .venv/bin/pip ] || python3 -m venv .venv
-    if ! complete .venv/bin/python "$@"; then
-      echo "installing into .venv (python lacks packages of requirements.txt, or has other versions) ..." >&2
-      .venv/bin/pip install --quiet --disable-pip-version-check -r requirements.txt "$@" >&2
-    fi
-    export PATH="$PWD/.venv/bin:$PATH"
-  fi
   export TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
+  if complete python "$@"; then return; fi
+  if [ ! -x .venv/bin/pip ]; then
+    python3 -c "import sys; sys.exit(sys.version_info < (3, 11))" ||
+      refuse "needs Python 3.11 or newer, and python3 is $(python3 --version)"
+    python3 -m venv .venv
+  fi
+  export PATH="$PWD/.venv/bin:$PATH"
+  if complete python "$@"; then return; fi
+  echo "installing into .venv (python lacks packages of requirements.txt, or has other versions) ..." >&2
+  pip install --quiet --disable-pip-version-check -r requirements.txt "$@" >&2
 }
 
 # --- how training starts and stops ---
@@ -209,9 +209,7 @@ builtin() {
   (out=$(realpath "$OUT"); root=$PWD; cd "$called_from" && python "$root/toy.py" summary --out "$out")
 }
 
-help() {
-  sed -n '/^# Sets up/,/^$/ s/^# \{0,1\}//p' run.sh  # the text above
-}
+help() { sed -n '/^# Sets up/,/^set / { /^set /d; s/^# \{0,1\}//; p; }' run.sh; }  # the text above
 
 given=${MODEL:-}${VISION_TOWER:-}${LANGUAGE_MODEL:-}${PRETRAIN_DATA:-}${FINETUNE_DATA:-}
 if [ -n "$given" ]; then OUT=${OUT:-out}; else OUT=${OUT:-out/builtin}; fi
