@@ -10,7 +10,9 @@ restarts and other splits into micro-batches agree. Length-grouped steps are LLa
 `group_by_modality_length` (github.com/haotian-liu/LLaVA, llava/train/llava_trainer.py).
 """
 
+import atexit
 import functools
+import multiprocessing
 import os
 import shutil
 import signal
@@ -60,6 +62,14 @@ def ignore_signals(_):
     """Who asks a run to stop (timeout, srun) may ask its workers, too: they end with the run."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+
+
+@atexit.register
+def end_workers():
+    """Those that an error has left. Python would send them SIGTERM, and wait for ever."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's raises for each worker that dies
+    for worker in multiprocessing.active_children():
+        worker.kill()
 
 
 @functools.cache

@@ -3,7 +3,10 @@
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -145,3 +148,19 @@ def test_little_shared_memory_means_no_workers_and_one_line(monkeypatch, capsys)
             assert (pids == {os.getpid()}) == alone
         err = capsys.readouterr().err
         assert err.count("docker run --shm-size=8g") == err.count("\n") == alone
+
+
+FAILS = """
+import order
+dataset = [{"pixel_values": __import__("torch").zeros(1)}] * 8
+batches = iter(order.loader(dataset, [[0], [1], [2], [3]], list, workers=1))
+next(batches)
+raise AssertionError("a bug")
+"""
+
+
+def test_a_bug_ends_a_program_with_its_workers():
+    options = {"cwd": Path(order.__file__).parent, "capture_output": True, "text": True}
+    ended = subprocess.run([sys.executable, "-c", FAILS], timeout=60, **options)
+    assert ended.returncode == 1
+    assert ended.stderr.rstrip().endswith("AssertionError: a bug"), ended.stderr
