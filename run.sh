@@ -2,7 +2,7 @@
 #SBATCH --job-name=llava --time=24:00:00 --requeue --open-mode=append --signal=B:USR1@300
 #SBATCH --nodes=1 --ntasks-per-node=1 --cpus-per-task=32 --gpus-per-node=a100:4
 
-# Sets up on first use and runs the whole recipe: build a model, stage 1, stage 2, evaluate, talk to it.
+# Sets up on first use and runs the whole recipe: build a model, stage 1, stage 2; the built-in one is evaluated, too.
 
 #   bash run.sh          built-in data and a tiny model, on whatever machine this is
 #   bash run.sh test     the tests; test --all: the long ones too; test --gpu: those that need a GPU
@@ -37,14 +37,14 @@ set -euo pipefail
 refuse() { echo "run.sh: $*" >&2; exit 2; }
 here=$(dirname "${BASH_SOURCE[0]}") called_from=$PWD
 [ -f "$here/train.py" ] || [ -z "${SLURM_JOB_ID:-}" ] ||  # sbatch runs a copy of this file
-  here=$(dirname "$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=//p' | head -n 1)")
+  here=$(dirname "$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=\([^ ]*\).*/\1/p' | head -n 1)")
 [ -f "$here/train.py" ] || refuse "does not know its folder: sbatch /path/to/run.sh"
 cd "$here"
 
 # --- set-up ---
 
-# Whether this python has what requirements.txt and further lines ask for, so that pip need look nowhere else.
-complete() {
+# Whether this python has what requirements.txt and further lines ask for: without an index pip then has no complaint.
+has_packages() {
   PIP_CONFIG_FILE=/dev/null PIP_FIND_LINKS="" "$1" -m pip install --quiet --dry-run --no-index --no-deps \
     -r requirements.txt "${@:2}" &> /dev/null
 }
@@ -52,14 +52,14 @@ complete() {
 # An environment that has the packages is used as it is; else .venv is made.
 setup() {
   export TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
-  if complete python "$@"; then return; fi
+  if has_packages python "$@"; then return; fi
   if [ ! -x .venv/bin/pip ]; then
     python3 -c "import sys; sys.exit(sys.version_info < (3, 11))" ||
       refuse "needs Python 3.11 or newer, and python3 is $(python3 --version)"
     python3 -m venv .venv
   fi
   export PATH="$PWD/.venv/bin:$PATH"
-  if complete python "$@"; then return; fi
+  if has_packages python "$@"; then return; fi
   echo "installing into .venv (python lacks packages of requirements.txt, or has other versions) ..." >&2
   pip install --quiet --disable-pip-version-check -r requirements.txt "$@" >&2
 }
@@ -70,13 +70,15 @@ setup() {
 launch=(python train.py) step=()
 choose_launch() {
   local nodes=${SLURM_NNODES:-1} hosts=${HOSTFILE:-} config=${DEEPSPEED_CONFIG:-} gpus=${NUM_GPUS:-}
+  # With too old a driver, GPUs are counted that are not available.
   gpus=${gpus:-$(python -c "import torch; print(torch.cuda.device_count() * torch.cuda.is_available())")}
-  export MASTER_PORT=${MASTER_PORT:-$((10000 + ${SLURM_JOB_ID:-19500} % 20000))}
+  [ "$config" != none ] || [ "$nodes" = 1 ] || refuse "DEEPSPEED_CONFIG=none is one process, not one on each node"
   if [ "$config" != none ] && [[ $gpus -gt 1 || $nodes -gt 1 || -n $hosts ]]; then
     type -P deepspeed > /dev/null || refuse "many processes need deepspeed; one does not: DEEPSPEED_CONFIG=none"
-    [[ ${NUM_GPUS:-${CUDA_VISIBLE_DEVICES:-}} != *[A-Za-z]* ]] ||
+    [[ -n ${NUM_GPUS:-} || ${CUDA_VISIBLE_DEVICES:-} != *[A-Za-z]* ]] ||
       refuse "CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES: DeepSpeed's launcher takes numbers (nvidia-smi -L), as 0,1"
-    launch=(deepspeed --log_level critical --master_port "$MASTER_PORT")
+    # Two runs on one machine need two ports.
+    launch=(deepspeed --log_level critical --master_port "${MASTER_PORT:-$((10000 + ${SLURM_JOB_ID:-RANDOM} % 20000))}")
     if [ "$nodes" -gt 1 ]; then
       hosts=$OUT/hostfile
       mkdir -p "$OUT"
@@ -108,7 +110,7 @@ attend() {
   run=$!
   set +m
   while kill -0 "$run" 2>/dev/null; do
-    [ -z "$caught" ] || echo "$caught" 2>/dev/null > "$out/stop" || true  # again and again: it may not look yet
+    [ -z "$caught" ] || echo "$caught" 2>/dev/null > "$out/stop" || true  # often: a run that begins removes an old one
     sleep 0.5 || true
   done
   wait "$run"
@@ -131,8 +133,8 @@ train() {
   [ -n "$caught" ] || attend "$out" ${step[@]+"${step[@]}" "$out"} "${launch[@]}" --output_dir "$out" \
     --resume_from_checkpoint latest "$@" || status=$?
   if [ -z "$caught" ] && [ "$status" = 0 ] && [ -d "$out/final" ]; then return 0; fi
-  [ -n "$caught" ] || [ ! -s "$out/stop" ] || caught=USR1  # a task was told of preemption; this script is not
-  [ "$status" != 0 ] || [ -n "$caught" ] || [ -e "$out/stop" ] || status=1  # a launcher that is killed says 0
+  if [ -z "$caught" ] && [ -s "$out/stop" ]; then caught=USR1; fi  # a task was told of preemption; this script is not
+  if [ "$caught$status" = 0 ] && [ ! -e "$out/stop" ]; then status=1; fi  # a launcher that is killed says 0
   rm -f "$out/stop"
   case $caught:$status in
     USR1:[03]) requeue || how_to_go_on ;;
@@ -151,29 +153,41 @@ requeue() {  # of an array's tasks this one alone
 }
 
 how_to_go_on() {  # as the user's shell takes it
-  local name command="bash run.sh"
-  [ ${#step[@]} = 0 ] || command="sbatch run.sh"
-  for name in $(help | sed -n 's/^  \([A-Z_]*\)  .*/\1/p'); do
+  local name command="bash run.sh" gpus=${SLURM_GPUS_PER_NODE:+--gpus-per-node=$SLURM_GPUS_PER_NODE}
+  [ ${#step[@]} = 0 ] || command="sbatch --nodes=${SLURM_NNODES:-1} $gpus run.sh"
+  for name in $(usage | sed -n 's/^  \([A-Z_]*\)  .*/\1/p'); do
     [ -z "${!name:-}" ] || command=$(printf "%s=%q %s" "$name" "${!name}" "$command")
   done
   echo "run.sh: stopped; to go on: cd $(printf %q "$PWD") && $command" >&2
 }
 
-real() {
-  # A typo of stage 2 would else be noticed after stage 1.
+# What is wrong with stage 2 would else be noticed after stage 1.
+check_settings() {
+  local name more=${PRETRAIN_IMAGES:-}${FINETUNE_IMAGES:-}${VALIDATION_DATA:-}${TRAIN_TYPE:-}${BITS:-}
+  [ -z "$more" ] || [ -n "${PRETRAIN_DATA:-}${FINETUNE_DATA:-}" ] ||
+    refuse "pictures, VALIDATION_DATA, TRAIN_TYPE and BITS need PRETRAIN_DATA or FINETUNE_DATA"
+  for name in PRETRAIN_DATA FINETUNE_DATA VALIDATION_DATA; do
+    [ -z "${!name:-}" ] || [ -f "${!name}" ] || refuse "$name ${!name}: no such file"
+  done
   [[ ${TRAIN_TYPE:-full} =~ ^(freeze_vision|full|use_lora)$ ]] || refuse "TRAIN_TYPE $TRAIN_TYPE: see run.sh help"
-  [[ ${BITS:-16} =~ ^(4|16)$ ]] || refuse "BITS $BITS: 4 or 16"
+  [[ ${BITS:-16} = 16 || $BITS-${TRAIN_TYPE:-} = 4-use_lora ]] || refuse "BITS $BITS: 16, or 4 with TRAIN_TYPE=use_lora"
+  [ -z "${PRETRAIN_DATA:-}" ] || [ -n "${PRETRAIN_IMAGES:-}" ] || refuse "PRETRAIN_DATA needs PRETRAIN_IMAGES"
+  [[ -z $given || -n ${MODEL:-} || (-n ${VISION_TOWER:-} && -n ${LANGUAGE_MODEL:-}) ]] ||
+    refuse "set MODEL, or VISION_TOWER and LANGUAGE_MODEL"
+}
+
+recipe_on_data() {
   local model=${MODEL:-$OUT/model} parts=${VISION_TOWER:-}+${LANGUAGE_MODEL:-}+${VERSION:-own}
   if [ -z "${MODEL:-}" ] && [ ! -d "$model" ]; then
-    python build.py --vision_tower "${VISION_TOWER:?set it, or MODEL}" \
-      --language_model "${LANGUAGE_MODEL:?set it, or MODEL}" --version "${VERSION:-own}" --out "$model"
+    python build.py --vision_tower "$VISION_TOWER" --language_model "$LANGUAGE_MODEL" --version "${VERSION:-own}" \
+      --out "$model"
     mkdir -p "$OUT" && echo "$parts" > "$OUT/model.txt"
   elif [ -z "${MODEL:-}" ] && [ "$parts" != "$(cat "$OUT/model.txt" 2>/dev/null)" ]; then
     refuse "$model is not of $parts: name another OUT"
   fi
   if [ -n "${PRETRAIN_DATA:-}" ]; then
     train "$OUT/stage1" --model_name_or_path "$model" --train_type projector --data_path "$PRETRAIN_DATA" \
-      --image_folder "${PRETRAIN_IMAGES:?set it: the pictures of PRETRAIN_DATA}" ${PRETRAIN_ARGS:-}
+      --image_folder "$PRETRAIN_IMAGES" ${PRETRAIN_ARGS:-}
     model=$OUT/stage1/final
   fi
   if [ -n "${FINETUNE_DATA:-}" ]; then
@@ -187,7 +201,7 @@ real() {
 
 # The language model is born today and must learn to read before it can be shown pictures, so a stage
 # stands in front: rows without pictures, scenes in words. README.md says what is real and what is not.
-builtin() {
+builtin_recipe() {
   local toy=$OUT/toy log=1
   [ -t 2 ] || log=50
   [ -d "$toy" ] || python toy.py data --out "$toy"
@@ -202,6 +216,7 @@ builtin() {
   stage stage2 stage1/final train --train_type full --per_device_train_batch_size 4 --learning_rate 2e-3 \
     --mm_vision_tower_lr 5e-4 --group_by_modality_length
   for rows in train_validation train_shuffled; do
+    [ -z "$caught" ] || exit 3
     [ -d "$OUT/$rows" ] || python evaluate.py --model_name_or_path "$OUT/stage2/final" \
       --validation_data_path "$toy/$rows.json" --image_folder "$toy/images" --max_new_tokens 24 \
       --output_dir "$OUT/$rows" > /dev/null
@@ -209,12 +224,12 @@ builtin() {
   (out=$(realpath "$OUT"); root=$PWD; cd "$called_from" && python "$root/toy.py" summary --out "$out")
 }
 
-help() { sed -n '/^# Sets up/,/^set / { /^set /d; s/^# \{0,1\}//; p; }' run.sh; }  # the text above
+usage() { sed -n '/^# Sets up/,/^set / { /^set /d; s/^# \{0,1\}//; p; }' run.sh; }  # the text above
 
 given=${MODEL:-}${VISION_TOWER:-}${LANGUAGE_MODEL:-}${PRETRAIN_DATA:-}${FINETUNE_DATA:-}
 if [ -n "$given" ]; then OUT=${OUT:-out}; else OUT=${OUT:-out/builtin}; fi
 case "${1:-recipe}" in
-  help) help ;;
+  help) usage ;;
   task) shift; task "$@" ;;
   test)
     setup pytest==9.2.0 hypothesis==6.170.15 peft==0.21.2 accelerate==1.15.0 ruff==0.17.6
@@ -223,10 +238,8 @@ case "${1:-recipe}" in
     case "${1:-}" in --all) marks="not gpu"; shift ;; --gpu) marks=gpu; shift ;; esac
     python -m pytest -q -m "$marks" test_smoke.py tests "$@" ;;
   recipe)
+    check_settings
     setup
-    if [ -n "$given" ]; then choose_launch; real
-    elif [ -n "${TRAIN_TYPE:-}${BITS:-}${VALIDATION_DATA:-}${PRETRAIN_IMAGES:-}${FINETUNE_IMAGES:-}" ]
-    then refuse "TRAIN_TYPE, BITS and the pictures need PRETRAIN_DATA or FINETUNE_DATA"
-    else builtin; fi ;;
-  *) help >&2; exit 2 ;;
+    if [ -n "$given" ]; then choose_launch; recipe_on_data; else builtin_recipe; fi ;;
+  *) usage >&2; exit 2 ;;
 esac

@@ -16,14 +16,14 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from processes import STAGES, STANDINS, free_port, launched, losses_of, run, weights_of
+from processes import ROWS, STAGES, STANDINS, free_port, launched, losses_of, run, weights_of
 from tiny import HERE
 
 import checkpoint
 import train
 
 SLURM = {"SLURM_JOB_ID": "123456", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_CPUS_PER_TASK": "8"}
-STAGE_1 = {"PRETRAIN_DATA": "a.json", "PRETRAIN_IMAGES": "images"}
+STAGE_1 = {"PRETRAIN_DATA": ROWS, "PRETRAIN_IMAGES": "images"}
 
 
 # --- what is started ---
@@ -60,7 +60,8 @@ def test_run_sh_launches_what_the_machine_has(shell, environment, processes, con
     launcher, args = launched(words)
     assert not alone and (launcher.num_gpus, args.deepspeed) == (processes, config)
     assert launcher.hostfile == environment.get("HOSTFILE", "/job/hostfile")
-    assert launcher.master_port == (13456 if "SLURM_JOB_ID" in environment else 29500)
+    ports = [13456] if "SLURM_JOB_ID" in environment else range(10000, 30000)
+    assert launcher.master_port in ports
 
 
 def test_slurm_starts_a_launcher_per_node_from_any_folder(shell, tmp_path):
@@ -226,7 +227,9 @@ def test_one_task_of_an_array_is_queued_again_alone(shell, tmp_path):
 
 def test_the_command_printed_on_interruption_runs_when_pasted(shell, tmp_path):
     start, calls = shell
-    given = {"FINETUNE_ARGS": "--seed 5 --weight_decay 0.1", "VALIDATION_DATA": "it's a file.json"}
+    rows = tmp_path / "it's a file.json"
+    rows.touch()
+    given = {"FINETUNE_ARGS": "--seed 5 --weight_decay 0.1", "VALIDATION_DATA": str(rows)}
     process = waiting(shell, tmp_path, GPUS="4", **given)
     os.killpg(process.pid, signal.SIGINT)
     assert process.wait(timeout=60) == 3
@@ -249,8 +252,13 @@ def test_what_cannot_work_is_refused_in_one_line(shell, tmp_path):
     names = "GPU-8f3c12,GPU-77aa34"
     for words, path, environment in (
         ("TRAIN_TYPE", None, {"TRAIN_TYPE": "use_lora"}),
-        ("BITS 9", None, {"MODEL": "m", "BITS": "9"}),
-        ("TRAIN_TYPE x", None, {"MODEL": "m", "TRAIN_TYPE": "x"}),
+        ("BITS 9", None, STAGES | {"BITS": "9", "TRAIN_TYPE": "use_lora"}),
+        ("BITS 4", None, STAGES | {"BITS": "4"}),
+        ("TRAIN_TYPE x", None, STAGES | {"TRAIN_TYPE": "x"}),
+        ("PRETRAIN_DATA a.json", None, STAGES | STAGE_1 | {"PRETRAIN_DATA": "a.json"}),
+        ("PRETRAIN_IMAGES", None, STAGES | {"PRETRAIN_DATA": ROWS}),
+        ("LANGUAGE_MODEL", None, STAGE_1 | {"VISION_TOWER": "clip"}),
+        ("each node", None, STAGES | SLURM | {"SLURM_NNODES": "2", "DEEPSPEED_CONFIG": "none"}),
         (names, None, STAGES | {"GPUS": "2", "CUDA_VISIBLE_DEVICES": names}),
         ("its folder", script, STAGES),
         ("its folder", script, STAGES | SLURM | {"COMMAND": "(null)"}),
@@ -267,7 +275,7 @@ def test_another_tower_or_a_missing_variable_is_refused(shell, tmp_path):
     (tmp_path / "out/model.txt").write_text("clip+qwen+own\n")
     assert start(VISION_TOWER="siglip", LANGUAGE_MODEL="qwen").wait() == 2
     assert start(VISION_TOWER="clip", LANGUAGE_MODEL="qwen").wait() == 0
-    assert start(PRETRAIN_DATA="a.json", OUT=str(tmp_path / "new")).wait() == 1  # no tower
+    assert start(**STAGE_1, OUT=str(tmp_path / "new")).wait() == 2  # no tower
     assert not (tmp_path / "new").exists()
 
 
@@ -423,8 +431,8 @@ def test_set_up_installs_only_when_the_requirements_have_changed(tmp_path):
 def test_an_environment_with_other_versions_is_not_used(tmp_path, line, fits):
     (tmp_path / "requirements.txt").write_text(line)
     text = (HERE / "run.sh").read_text()
-    (function,) = re.findall(r"^complete\(\) \{.*?^\}$", text, re.M | re.S)
-    script = f"{function}\ncomplete {shlex.quote(sys.executable)}"
+    (function,) = re.findall(r"^has_packages\(\) \{.*?^\}$", text, re.M | re.S)
+    script = f"{function}\nhas_packages {shlex.quote(sys.executable)}"
     assert (subprocess.run(["bash", "-c", script], cwd=tmp_path).returncode == 0) == fits
 
 
