@@ -270,6 +270,8 @@ class ChatText:
             raise ValueError(f"{type(tokenizer).__name__} is slow: it has no offsets of tokens")
         self.tokenizer, self.version, self.chat_template = tokenizer, version, None
         self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE)
+        if self.image_token_id in (None, 0, tokenizer.unk_token_id):  # 0 is what pads
+            raise ValueError(f"the tokenizer needs a special token {IMAGE}, which is not its id 0")
         first = tokenizer("a").input_ids[:1]  # BOS or not? `add_bos_token` misleads, ids do not
         self.bos = first if first == [tokenizer.bos_token_id] else []
         special = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
@@ -617,9 +619,9 @@ def open_dataset(
 class Collator:
     """Makes a batch: each <image> id becomes `tokens_per_picture`, rows are padded on the right.
 
-    input_ids, labels (B, T) int64; pixel_values (N, 3, S, S), in the order of the <image> ids.
-    There is no attention mask: causal attention never looks at what comes after, and what stands
-    in padded positions has no label.
+    input_ids, labels (B, T) int64; pixel_values (N, 3, S, S), in the order of the <image> ids; not
+    for the model: lengths, rows, cut, faults. There is no attention mask: causal attention never
+    looks at what comes after, and what stands in padded positions has no label.
     """
 
     def __init__(self, image_token_id: int, tokens_per_picture: int):

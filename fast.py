@@ -20,7 +20,8 @@ plain Llama of transformers, 4 x 512 tokens and 32,000 words in bf16: its peak i
 
 Everything works without this file, slower and larger. Layers are recognised by the names of their
 classes; those of other families stay as they are. Where numbers are not equal to the last bit, they
-are rounded elsewhere; where they are random (dropout), they have the same distribution.
+are rounded elsewhere; where they are random (dropout), they have the same distribution. After the
+backward pass, the logits that a language model returned hold their gradient.
 """
 
 import ctypes
@@ -105,10 +106,7 @@ def cross_entropy(logits, targets):
 def causal_lm_loss(
     logits, labels, num_items_in_batch=None, ignore_index=-100, shift_labels=None, **_
 ):
-    """What a language model of transformers calls with its logits (B, T, V) and labels (B, T).
-
-    NOTE: `logits` in the output of the model holds their gradient after the backward pass.
-    """
+    """What a language model of transformers calls with its logits (B, T, V) and labels (B, T)."""
     if shift_labels is None:
         shift_labels = F.pad(labels, (0, 1), value=ignore_index)[:, 1:]  # t predicts t + 1
     targets = shift_labels.flatten().to(logits.device)

@@ -8,10 +8,11 @@ learns it as B A: r (in + out) numbers instead of in * out. After training, W + 
 ordinary W again (merge.py). QLoRA is the same over a frozen base in 4 bits (nf4): half a byte for
 each weight, and gradients pass through it on their way to adapters in full precision.
 
+    base = fingerprint(dict(model.named_parameters()))
     inject(model, r".*\.(q|v)_proj", r=16, alpha=32)    # all else is frozen
     ...                                                 # train: any loop, any optimizer
-    save(model, "adapter")                              # PEFT loads it, as `load` loads PEFT's
-    load(base_model, "adapter")
+    save(model, "adapter", base)                        # PEFT loads it, as `load` loads PEFT's
+    load(fresh, "adapter", dict(fresh.named_parameters()))    # another base is refused
 
 Sources: LoRA arXiv:2106.09685, QLoRA arXiv:2305.14314, rsLoRA arXiv:2312.03732, the files
 https://huggingface.co/docs/peft/developer_guides/checkpoint
@@ -74,8 +75,9 @@ def find_linears(model, pattern):
         matches = re.compile(pattern).fullmatch
     except re.error as error:
         raise ValueError(f"{pattern!r} is not a regular expression: {error}") from None
+    own = dict(model.named_parameters())  # without a head's that is tied to the embeddings
     linears = {name: module for name, module in model.named_modules() if is_linear(module)}
-    found = {name: linear for name, linear in linears.items() if matches(name)}
+    found = {name: m for name, m in linears.items() if matches(name) and f"{name}.weight" in own}
     if not found:
         example = next(reversed(linears), "none")
         raise ValueError(f"{pattern!r} matches no linear layer's whole path (one is {example})")
@@ -96,7 +98,7 @@ def inject(model, target_modules, r, alpha, dropout=0.0, use_rslora=False, dtype
     assert not adapted, "the model has adapters already: inject once, with one expression for all"
     model.requires_grad_(False)
     for name, linear in linears.items():
-        linear.lora = LoRA(linear, r, alpha, dropout, use_rslora, dtype)
+        linear.lora = LoRA(linear, r, alpha, dropout, use_rslora, dtype).train(linear.training)
         linear.register_forward_hook(add_lora, with_kwargs=True)
     return list(linears)
 
@@ -387,9 +389,7 @@ def read_adapter(folder, base=None, rename=str, model=None):
     known, name = config.get("base_fingerprint"), config.get("base_model_name_or_path", "its base")
     if base and known and known != fingerprint(base, rename):
         advice = f"{name}, as it was before any adapter was merged into it"
-        raise ValueError(
-            f"{folder} was trained on other weights than those of this base: on {advice}"
-        )
+        raise ValueError(f"{folder} was trained on other weights than this base's: on {advice}")
     return config, tensors
 
 

@@ -379,9 +379,7 @@ def check_head(language_model):
     # Equal to the bit: a soft cap or scale hardly shows on the small logits of an untrained model.
     same = torch.equal(out.logits.float(), head(out.hidden_states[-1]).float())
     if not same or head.bias is not None:
-        fault = (
-            "its logits are no plain linear of its last hidden state (a soft cap, scale or bias)"
-        )
+        fault = "its logits are no plain linear of its last hidden state (a cap, scale or bias)"
         raise ValueError(f"{language_model.config.model_type}: {fault}: take one of Llama's kind")
 
 

@@ -27,7 +27,7 @@ from adapted import (
     tiny_llava,
 )
 from safetensors.torch import load_file, save_file
-from tiny import built
+from tiny import SMALL, built
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import (
@@ -35,6 +35,7 @@ from transformers import (
     BertForSequenceClassification,
     CLIPVisionConfig,
     LlamaConfig,
+    LlamaForCausalLM,
     LlavaConfig,
     LlavaForConditionalGeneration,
     ViTConfig,
@@ -229,7 +230,7 @@ import sys, torch
 from collections import OrderedDict
 from torch import nn
 import lora
-from lora import inject, load, save
+from lora import fingerprint, inject, load, save
 
 assert not {"peft", "transformers", "deepspeed", "bitsandbytes", "model"} & set(sys.modules)
 
@@ -244,18 +245,41 @@ def train(model):
         model(x).square().mean().backward()
         optimizer.step()
 
-x, model, base_model = torch.ones(2, 8), nn.Sequential(block()), nn.Sequential(block())
-before = base_model(x)
-code = lora.__doc__[lora.__doc__.index("    inject("):lora.__doc__.index("Sources")]
+x, model, fresh = torch.ones(2, 8), nn.Sequential(block()), nn.Sequential(block())
+before = fresh(x)
+code = lora.__doc__[lora.__doc__.index("    base ="):lora.__doc__.index("Sources")]
 for line in code.strip().splitlines():
     exec("train(model)" if line.strip().startswith("...") else line.strip())
-assert torch.equal(model(x), base_model(x)) and not torch.equal(model(x), before)
+assert torch.equal(model(x), fresh(x)) and not torch.equal(model(x), before)
 """
 
 
 def test_the_docstrings_lines_run_with_the_file_alone(tmp_path):
     shutil.copy(lora.__file__, tmp_path)
     subprocess.run([sys.executable, "-c", ALONE], cwd=tmp_path, check=True)
+
+
+def test_an_adapter_in_an_eval_model_drops_nothing(tmp_path):
+    model = nn.Sequential(nn.Linear(8, 8))
+    lora.inject(model, "0", 4, 8, dropout=0.5)
+    nn.init.ones_(model[0].lora.lora_B)
+    lora.save(model, tmp_path)
+    fresh = nn.Sequential(nn.Linear(8, 8)).eval()
+    fresh.load_state_dict({k: v for k, v in model.state_dict().items() if "lora" not in k})
+    lora.load(fresh, tmp_path)
+    x = torch.randn(99, 8)
+    assert torch.equal(fresh(x), model.eval()(x))
+
+
+def test_a_head_that_is_tied_to_the_embeddings_gets_no_adapter(tmp_path):
+    """It could change only together with them, and `load` would refuse its adapter."""
+    config = LlamaConfig(**SMALL, vocab_size=99)
+    for tied in (True, False):
+        config.tie_word_embeddings = tied
+        model = LlamaForCausalLM(config)
+        assert ("lm_head" in lora.inject(model, ".*", 4, 8)) == (not tied)
+        lora.save(model, tmp_path)
+        lora.load(LlamaForCausalLM(config), tmp_path)
 
 
 def test_hooks_keep_torchs_encoder_off_its_fast_path():

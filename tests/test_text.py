@@ -17,6 +17,7 @@ from tiny import (
     open_dataset,
     row,
     sentencepiece,
+    small_tokenizer,
     with_image,
     write,
 )
@@ -384,6 +385,8 @@ def test_tokenizers_that_lack_what_is_needed_are_refused():
     bare = PreTrainedTokenizerFast(tokenizer_object=bare, eos_token="</s>", unk_token="<unk>")
     with pytest.raises(ValueError, match="or does not end it"):  # <|im_end|> is a word like others
         ChatText(with_image(bare), "chatml_direct")
+    with pytest.raises(ValueError, match="needs a special token <image>"):
+        ChatText(small_tokenizer("qwen2"), "chatml_direct")
     slow = with_image(ByT5Tokenizer())
     with pytest.raises(ValueError, match="ByT5Tokenizer is slow"):
         ChatText(slow, "v1")
