@@ -28,7 +28,7 @@ from transformers import TextStreamer
 import fast
 from cli import Parser, command, find_device, folded, number, one_line
 from data import IMAGE, VERSIONS, ChatText, PictureTransform, decode_picture
-from evaluate import open_model
+from evaluate import NOTHING, open_model, printable
 from model import Llava, open_tokenizer, resolve
 
 HELP = "/image FILE shows one, /clear begins anew, Ctrl-C ends an answer, Ctrl-D all"
@@ -110,6 +110,8 @@ class Conversation:
             content = self.text.control.sub("", content)
         self.messages = [*messages, {"role": "assistant", "content": content}]
         self.pixels, self.new = pixels, []
+        if printable(answer) == NOTHING:
+            print(NOTHING, file=sys.stderr)
         return answer
 
     def take(self, line: str):

@@ -51,6 +51,7 @@ import fast
 import lora
 import model as llava
 import order
+import report
 
 
 def open_model(
@@ -394,15 +395,18 @@ def shares(metrics: dict, kind: str = "") -> str:
     )
 
 
+NOTHING = "(nothing to show)"  # an answer that is empty, or control characters
+
+
 def printable(text: str) -> str:
     """On one line, of at most 80 characters, none of which moves a terminal's cursor."""
     text = "".join(c if c.isprintable() else " " for c in text.replace(data.IMAGE, ""))
-    return textwrap.shorten(text, 80, placeholder="...")
+    return textwrap.shorten(text, 80, placeholder="...") or NOTHING
 
 
-def show(metrics: dict, answers: list[dict]):
+def show(metrics: dict, answers: list[dict], of: str = ""):
     """Prints an evaluation: its figures, a line for each kind of question, and a few answers."""
-    loss = f"step {metrics['step']}: validation loss {metrics['eval_loss']:.4f}"
+    loss = f"{of or 'step ' + str(metrics['step'])}: validation loss {metrics['eval_loss']:.4f}"
     lines, kinds = [f"{loss}, {shares(metrics)}"], [told.get("kind") for told in answers]
     for kind in sorted(set(kinds) - {None}):
         lines.append(f"{kind:<12} {kinds.count(kind):>6,} questions: {shares(metrics, '/' + kind)}")
@@ -447,11 +451,8 @@ def write(folder: Path, flags: dict, metrics: dict, answers: list[dict]):
     """What report.py reads, as of a run."""
     folder.mkdir(parents=True)
     (folder / "run.json").write_text(json.dumps({"args": flags}, indent=2))
-    rows = {"metrics.jsonl": [metrics], "predictions.jsonl": [{"step": 0, **a} for a in answers]}
-    for name, some in rows.items():
-        # Half a surrogate pair is no UTF-8; so written, it is JSON's escape for it.
-        with open(folder / name, "w", encoding="utf-8", errors="backslashreplace") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in some)
+    report.append(folder / "metrics.jsonl", metrics)
+    report.append(folder / "predictions.jsonl", *({"step": 0, **a} for a in answers))
 
 
 @cli.command
@@ -468,7 +469,7 @@ def main(argv=None):
     collate = data.Collator(model.config.image_token_id, model.tokens_per_picture)
     options = options_of(args, device)
     metrics, answers = evaluate(model, dataset, engines.OneProcess(), collate, **options)
-    show(metrics, answers)
+    show(metrics, answers, args.validation_data_path)
     if args.output_dir:
         with cli.written(args.output_dir) as part:
             write(part, vars(args), metrics, answers)

@@ -105,7 +105,7 @@ def report(distances, args):
     as_it_is = summary([choices[0] for choices in distances.values()])
     dequantized = summary([choices[-1] for choices in distances.values()])
     distance = dequantized if args.dequantize else as_it_is
-    print(f"{args.out}: {len(distances)} layers merged; from what was trained: {distance}")
+    print(f"{args.out}: {len(distances)} layers merged; |W' - T| / |T|: {distance}")
     if any(len(choices) > 1 for choices in distances.values()):
         print(f"  without --dequantize: onto the weights as they are on disk: {as_it_is}")
         print(f"  with --dequantize: onto what 4 bits made of them, as trained: {dequantized}")

@@ -34,17 +34,18 @@ from tqdm import tqdm
 
 import cli
 import data
+import lora
 
 # --- before step 1 ---
 
 
-def show_modules(model, count):
-    """Prints what trains; `count` gives the true number of numbers in parameters."""
+def show_modules(model):
+    """Prints what trains."""
     print(f"{'module':<24}{'parameters':>16}{'trainable':>16}  dtype")
     for name, part in model.named_children():
-        trainable = count(p for p in part.parameters() if p.requires_grad)
+        trainable = lora.count(p for p in part.parameters() if p.requires_grad)
         dtype = str(next(part.parameters()).dtype).removeprefix("torch.")
-        print(f"{name:<24}{count(part.parameters()):>16,}{trainable:>16,}  {dtype}")
+        print(f"{name:<24}{lora.count(part.parameters()):>16,}{trainable:>16,}  {dtype}")
 
 
 def fold(names: list[str]) -> str:
@@ -67,13 +68,13 @@ def show_batches(micro: int, accumulation: int, world: int, rows: int, per_epoch
         )
 
 
-def memory(model, count, world: int, stage: int, masters: bool) -> dict:
+def memory(model, world: int, stage: int, masters: bool) -> dict:
     """What a process holds between steps, by arithmetic: {what: bytes}.
 
     ZeRO partitions among `world` processes: stage 2 what the optimizer needs, 3 the weights too.
     """
     weights = sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in model.parameters())
-    trained = count(p for p in model.parameters() if p.requires_grad)
+    trained = lora.count(p for p in model.parameters() if p.requires_grad)
     trained /= world if stage >= 2 else 1
     sizes = {"weights": weights / (world if stage == 3 else 1), "gradients": 4 * trained}
     return sizes | {"masters": 4 * trained * masters, "moments": 8 * trained}
@@ -102,14 +103,14 @@ def show_memory(sizes: dict, offload: str = "none"):
         )
 
 
-def before_step_1(run, args, count):
+def before_step_1(run, args):
     """Prints what trains, the arithmetic of batches, and of memory."""
     micro, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
     world, stage = run.engine.world, run.engine.stage
-    show_modules(run.model, count)
+    show_modules(run.model)
     show_batches(micro, accumulation, world, len(run.rows), run.per_epoch, run.total)
     masters = args.bf16 or stage > 0  # DeepSpeed has fp32 masters of fp32 weights too
-    show_memory(memory(run.model, count, world, stage, masters), args.offload)
+    show_memory(memory(run.model, world, stage, masters), args.offload)
 
 
 def less_memory(args) -> str:
@@ -323,7 +324,16 @@ ACCURACIES = {
     "eval_exact_match": ("exact match", GOOD, 4),
     "eval_vqa_accuracy": ("VQA", INK, 3),
 }
+DEJAVU = "DejaVuSans.ttf"
 LADDER = [k * 10.0**e for e in range(-3, 9) for k in (1, 2, 5)]  # where ticks may stand
+
+
+def font_for(text: str):
+    """Pillow's own font, which has ASCII alone; for other text DejaVu Sans where it is installed."""
+    try:
+        return ImageFont.load_default(26) if text.isascii() else ImageFont.truetype(DEJAVU, 24)
+    except OSError:
+        return ImageFont.load_default(26)
 
 
 def visible(text: str, font) -> str:
@@ -368,7 +378,7 @@ def draw_samples(answers: list[dict], records, pictures, title: str = "") -> Ima
 
 def draw_card(sheet, x: int, y: int, answer: dict, records, pictures) -> int:
     """One question, 480 pixels wide, below its first eight pictures; returns where it ends."""
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(26)
+    pen = ImageDraw.Draw(sheet)
     names = data.parse_record(records[answer["row"]])[1][:8]
     pen.rectangle((x, y, x + 479, y + 319), MAT)
     for k, name in enumerate(names):
@@ -376,15 +386,16 @@ def draw_card(sheet, x: int, y: int, answer: dict, records, pictures) -> int:
         picture = ImageOps.pad(picture, (width - 8, 312), color=MAT)
         sheet.paste(picture, (x + k * width + 4, y + 4))
     if not names:
-        pen.text((x + 240, y + 160), "no picture", INK, font, "mm")
+        pen.text((x + 240, y + 160), "no picture", INK, font_for(""), "mm")
     y += 328
     verdict, colour = ("right", GOOD) if is_right(answer) else ("wrong", BAD)
     verdict += ", cut" if "cut" in answer else ""
     for text, ink in (
         (answer["question"].replace(data.IMAGE, " "), INK),
         (f"expected: {answer['answer']}", GREY),
-        (f"{verdict}: {answer['prediction']}", colour),
+        (f"{verdict}: {answer['prediction'] or '(empty)'}", colour),
     ):
+        font = font_for(text)
         lines = wrap(text, font, 480, 3)
         pen.multiline_text((x, y), "\n".join(lines), ink, font, spacing=8)
         y += 34 * len(lines)
@@ -396,7 +407,7 @@ def draw_curves(metrics: list[dict]) -> Image.Image:
     sheet = Image.new("RGB", (1760, 620), "white")
     values = [m[key] for m in metrics for key in LOSSES if key in m]
     low = max(n for n in LADDER if n <= max(min(values), LADDER[0]))
-    high = min(n for n in LADDER if n > max(low, *values))
+    high = min((n for n in LADDER if n > max(low, *values)), default=max(values))
 
     def log_scale(loss):
         return math.log(max(loss, low) / low) / math.log(high / low)

@@ -341,7 +341,7 @@ class Run:
         self.per_epoch = len(self.plan(0))  # steps
         self.total = math.ceil(self.per_epoch * args.num_train_epochs)
         self.total = args.max_steps if args.max_steps > 0 else self.total
-        report.before_step_1(self, args, lora.count)
+        report.before_step_1(self, args)
         tried = min(5, self.per_epoch, self.total)  # of --dry_run: the heaviest step comes first
         self.last_step = tried if args.dry_run else self.total
         self.begin(run_id, same)
@@ -551,7 +551,7 @@ def main(argv=None):
     except Exception as error:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's raises for each worker that dies
         text = cli.in_words(error, report.less_memory(args))
-        raise ValueError(ranks.as_rank(text)) from None
+        raise ValueError(ranks.after_rank_0(text)) from None
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)

@@ -20,11 +20,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageFont
 from processes import LORA, evaluated, metrics_of, parsed, run
 from tiny import HERE, open_dataset
 
-import lora
 import model as llava
 import report
 import toy
@@ -50,10 +49,10 @@ def test_memory_is_what_torch_holds_between_steps(world):
     found["gradients"] = size(p.grad for p in masters)
     states = engine.optimizer.state.values()
     found["moments"] = size(state[key] for state in states for key in ("exp_avg", "exp_avg_sq"))
-    assert report.memory(model, lora.count, 1, 0, True) == found
-    quarter = report.memory(model, lora.count, 4, 2, True)
+    assert report.memory(model, 1, 0, True) == found
+    quarter = report.memory(model, 4, 2, True)
     assert quarter == {k: v / (1 if k == "weights" else 4) for k, v in found.items()}
-    assert report.memory(model, lora.count, 4, 3, True)["weights"] == found["weights"] / 4
+    assert report.memory(model, 4, 3, True)["weights"] == found["weights"] / 4
 
 
 def test_what_exceeds_the_gpu_is_said_before_step_1(monkeypatch, capsys):
@@ -218,6 +217,18 @@ def test_text_in_pictures_is_wrapped_and_escaped(words, width, most):
     whole = "".join(words).encode("unicode_escape").decode()
     assert "".join(shown).replace(" ", "") == whole
     assert whole.isascii() and (len(shown) <= most or lines[-1].endswith("..."))
+
+
+def test_other_text_than_ascii_is_drawn_where_a_font_has_it(monkeypatch):
+    try:
+        ImageFont.truetype(report.DEJAVU)
+        shown = r"é – я \u6570\u5b57"  # it has no Chinese
+    except OSError:
+        shown = r"\xe9 \u2013 \u044f \u6570\u5b57"
+    text = "é – я 数字"
+    assert report.visible(text, report.font_for(text)) == shown
+    monkeypatch.setattr(report, "DEJAVU", "nowhere.ttf")
+    assert report.visible(text, report.font_for(text)).isascii()
 
 
 def greys(picture):
