@@ -8,8 +8,10 @@ Of all rows it prints how many there are and how long, and what is wrong, faults
 together; the exit status is 1 if there are any. A fault is what training would stop at:
 
     rows        665,298, 40,688 of them text-only
+    ..
     tokens      50 % up to 771, 90 % up to 1,122, 99 % up to 1,834, the longest 2,048
-    faults      35 in rows of 2 kinds: mend or remove these rows, or train with --on_bad_record skip
+    ..
+    faults      34 rows, 1 kind
       34 rows, such as row 2 (id 0017), row 8 (id 0043): picture coco/1.jpg: not in images
 
 Of one row it prints pictures and tokens with their ids; those that are learnt stand out.
@@ -32,7 +34,7 @@ from tqdm import tqdm
 
 import data
 import model as llava
-from cli import BOOLEAN, Parser, command, folded, number
+from cli import BOOLEAN, Parser, command, cores, folded, number
 
 HEADER_BYTES = 2**16  # of a picture, enough to see what it is
 
@@ -42,12 +44,12 @@ class Check(torch.utils.data.Dataset):
 
     figures  numbers of turns, pictures, tokens, tokens kept, tokens supervised; 0 where not known
     faults   what is wrong, a line each
-    `rows` is the set as a model wants it, or None: then there are no tokens. Of a picture the
+    `dataset` is the rows as a model wants them, or None: then there are no tokens. Of a picture the
     beginning is read, or, if `full`, all of it decoded.
     """
 
-    def __init__(self, records, pictures, rows: data.LlavaDataset | None, full: bool):
-        self.records, self.pictures, self.rows, self.full = records, pictures, rows, full
+    def __init__(self, records, pictures, dataset: data.LlavaDataset | None, full: bool):
+        self.records, self.pictures, self.dataset, self.full = records, pictures, dataset, full
 
     def __len__(self) -> int:
         return len(self.records)
@@ -57,11 +59,11 @@ class Check(torch.utils.data.Dataset):
         try:
             messages, names = data.parse_record(row)
             figures[:2] = len(messages), len(names)
-            if self.rows:
-                ids, labels = self.rows.text.ids_and_labels(messages)
-                more = len(names) * (self.rows.tokens_per_picture - 1)
+            if self.dataset:
+                ids, labels = self.dataset.text.ids_and_labels(messages)
+                more = len(names) * (self.dataset.tokens_per_picture - 1)
                 figures[2] = len(ids) + more
-                keep = self.rows.fit(ids, labels)
+                keep = self.dataset.fit(ids, labels)
                 learnt = sum(label != data.IGNORE for label in labels[:keep])
                 figures[3:] = keep + more, learnt
         except ValueError as error:
@@ -84,29 +86,34 @@ class Check(torch.utils.data.Dataset):
         return data.decode_picture(self.pictures.read(name), name)
 
     @functools.cached_property
-    def names_by_sound(self) -> dict[str, str]:
-        """The names that there are, by what remains of them without case and Unicode's forms."""
+    def loose_names(self) -> dict[str, str]:
+        """The names that there are, by their `loose` forms."""
         if self.pictures.archive:
             names = self.pictures.archive.namelist()
         else:
             files = (path for path in self.pictures.path.rglob("*") if path.is_file())
             names = [path.relative_to(self.pictures.path).as_posix() for path in files]
-        return {sound(name): name for name in names}
+        return {loose(name): name for name in names}
 
     def hint(self, name: str) -> str:
-        other = self.names_by_sound.get(sound(name))
+        other = self.loose_names.get(loose(name))
         return (
             f" (it has {other!r}, the same name in another case or Unicode form)" if other else ""
         )
 
 
-def sound(name: str) -> str:
+def loose(name: str) -> str:
+    """What remains of a name without case and Unicode's forms."""
     return unicodedata.normalize("NFC", name).casefold()
 
 
 def kind_of(fault: str) -> str:
     """A fault without names and numbers: equal for faults of one kind."""
     return re.sub(r"picture .*?: |'[^']*'|\"[^\"]*\"|\d[\d,]*", "#", fault)
+
+
+def plural(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
 def check_rows(check: Check) -> tuple[np.ndarray, Counter, dict]:
@@ -116,7 +123,8 @@ def check_rows(check: Check) -> tuple[np.ndarray, Counter, dict]:
         check,
         batch_size=64,
         collate_fn=list,
-        num_workers=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0,
+        # Forked, as the rows are read once. One for a few rows would cost more than it saves.
+        num_workers=min(cores(), len(check) // 64) if hasattr(os, "sched_getaffinity") else 0,
     )
     found = (item for batch in batches for item in batch)
     bar = tqdm(found, total=len(check), unit=" rows", dynamic_ncols=True, disable=None)
@@ -131,11 +139,13 @@ def check_rows(check: Check) -> tuple[np.ndarray, Counter, dict]:
 
 
 def report(check: Check, max_length: int, positions: int) -> int:
-    """Prints what all rows are like and what is wrong with them; the number of bad rows."""
+    """Prints what all rows are like and what is wrong with them; returns 1 if anything is."""
     records = check.records
     figures, ids, kinds = check_rows(check)
     turns, images, tokens, kept, supervised = figures.T
-    print(f"rows        {len(records):,}, {(images == 0).sum():,} of them text-only")
+    print(
+        f"rows        {len(records):,}, {((images == 0) & (turns > 0)).sum():,} of them text-only"
+    )
     print(f"turns       {turns.sum():,}\npictures    {images.sum():,}")
     known = tokens[tokens > 0]
     if known.size:
@@ -145,47 +155,48 @@ def report(check: Check, max_length: int, positions: int) -> int:
         print(f"cut         {cut:,} rows ({cut / len(known):.2%}) at {max_length:,} tokens")
         print(f"supervised  {supervised.sum() / max(kept.sum(), 1):.1%} of the tokens")
         if beyond := (kept > positions).sum():
-            learnt = f"{positions:,} that the model knows: --model_max_length {positions}"
-            print(f"positions   {beyond:,} rows are longer than the {learnt}")
-    repeated = [name for name, times in ids.items() if times > 1 and name != "None"]
+            limit = f"{positions:,} that the model knows: --model_max_length {positions}"
+            print(f"positions   {beyond:,} rows are longer than the {limit}")
+    repeated = [name for name, times in ids.items() if times > 1 and name != repr(None)]
     first = f", the first {repeated[0]}" if repeated else ""
     print(f"ids         {len(repeated):,} of them repeated{first}")
     bad = {i for kind in kinds.values() for i in kind["rows"]}
-    print(f"faults      {len(bad):,} rows, {len(kinds):,} kinds" if bad else "faults      0")
+    found = f"{plural(len(bad), 'row')}, {plural(len(kinds), 'kind')}" if bad else "0"
+    print(f"faults      {found}")
     for kind in kinds.values():
         rows = kind["rows"]
         examples = ", ".join(records.where(i).removeprefix(f"{records.path}: ") for i in rows[:3])
-        line = f"  {len(rows):,} row{'s' * (len(rows) > 1)}, such as {examples}: {kind['says']}"
+        line = f"  {plural(len(rows), 'row')}, such as {examples}: {kind['says']}"
         print(folded(line.encode("utf-8", "backslashreplace").decode(), sys.stdout))
     if len(bad) == len(records):
-        print("Every row is bad, so the cause is one: the form of the file, or a flag")
+        print("Every row is bad: look first at the form of the file, and at the flags")
     elif bad:
         print("Mend or remove these rows, or train with --on_bad_record skip")
-    return len(bad)
+    return int(len(bad) > 0)
 
 
-def show(rows: data.LlavaDataset, i: int, as_json: bool):
+def show(dataset: data.LlavaDataset, i: int, as_json: bool):
     """Prints a row as the model gets it: pictures, tokens with ids; supervised ones stand out."""
-    if not 0 <= i < len(rows):
-        raise ValueError(f"--index {i}: {rows.records.path} has rows 0 to {len(rows) - 1}")
-    item = rows[i]
-    batch = data.Collator(rows.image_token_id, rows.tokens_per_picture)([item])
+    if not 0 <= i < len(dataset):
+        raise ValueError(f"--index {i}: {dataset.records.path} has rows 0 to {len(dataset) - 1}")
+    item = dataset[i]
+    batch = data.Collator(dataset.image_token_id, dataset.tokens_per_picture)([item])
     if as_json:
         print(json.dumps({key: batch[key][0].tolist() for key in ("input_ids", "labels")}))
         return
     colour = sys.stdout.isatty()
     learnt = int((item["labels"] != data.IGNORE).sum())
     print(
-        f"{rows.records.where(i)}: {len(item['pixel_values'])} picture(s), {batch['lengths'][0]} "
+        f"{dataset.records.where(i)}: {len(item['pixel_values'])} picture(s), {batch['lengths'][0]} "
         f"tokens, {learnt} of them supervised, {item['cut']} cut off"
     )
     for pixels in item["pixel_values"] if colour else []:
-        print(thumbnail(rows.transform, pixels.numpy()))
+        print(thumbnail(dataset.transform, pixels.numpy()))
     before, after = ("\033[30;42m", "\033[0m") if colour else ("[", "]")
     for token, label in zip(item["input_ids"].tolist(), item["labels"].tolist()):
-        text = rows.text.tokenizer.decode([token]).replace("\n", "\\n")
-        if token == rows.image_token_id:
-            text = f"{data.IMAGE} x {rows.tokens_per_picture}"
+        text = dataset.text.tokenizer.decode([token]).replace("\n", "\\n")
+        if token == dataset.image_token_id:
+            text = f"{data.IMAGE} x {dataset.tokens_per_picture}"
         text = text if label == data.IGNORE else before + text + after
         print(text, end=f"\033[2m{token}\033[0m " if colour else f"/{token} ")
     print()
@@ -219,7 +230,9 @@ def parse(argv):
 
 @command
 def main(argv=None) -> int:
-    args, rows, positions = parse(argv), None, 0
+    args, dataset, positions = parse(argv), None, 0
+    if args.json and args.index is None:
+        raise ValueError("--json is for one row: name it with --index")
     if args.index is not None and not args.model_name_or_path:
         raise ValueError("--index shows tokens: name their model with --model_name_or_path")
     if args.model_name_or_path:
@@ -231,16 +244,17 @@ def main(argv=None) -> int:
         text = data.ChatText(llava.open_tokenizer(folder), args.version)
         options = {"aspect_ratio": args.image_aspect_ratio, "max_length": args.model_max_length}
         paths = args.data_path, args.image_folder, folder
-        rows = data.open_dataset(*paths, config, text, **options)
+        dataset = data.open_dataset(*paths, config, text, **options)
     if args.index is not None:
-        return show(rows, args.index, args.json)
-    records = rows.records if rows else data.Records(args.data_path)
-    pictures = rows.pictures if rows else args.image_folder and data.Pictures(args.image_folder)
+        return show(dataset, args.index, args.json)
+    if dataset:
+        records, pictures = dataset.records, dataset.pictures
+    else:
+        records = data.Records(args.data_path)
+        pictures = data.Pictures(args.image_folder) if args.image_folder else None
     if records.has_picture.any() and not pictures:
         raise ValueError(f"{args.data_path} has pictures: say where with --image_folder")
-    return int(
-        report(Check(records, pictures, rows, args.full), args.model_max_length, positions) > 0
-    )
+    return report(Check(records, pictures, dataset, args.full), args.model_max_length, positions)
 
 
 if __name__ == "__main__":

@@ -4,12 +4,12 @@
     engine.backward(loss, last)     of each micro batch; `last` of a step's
     norm = engine.step(factor)      clips, updates at `factor` times the learning rates
 
-The loop has no `if deepspeed` in it. A process is alone with Plain, and one of many with ZeRO:
+The loop has no `if deepspeed` in it. Plain is for one process, ZeRO for one or many:
 
     engine.sum(*numbers)            each number, added up over all processes
     engine.gather(items)            the lists of all processes, as one
     engine.get, put, refresh        what a checkpoint saves and puts back: see checkpoint.py
-    engine.state()                  {name: whole fp32 tensor} of what trains
+    engine.state()                  {name: whole fp32 tensor} of what trains, on rank 0
 
 Both keep, for each bf16 weight that trains, an fp32 sum of gradients and an fp32 master copy, which
 AdamW updates: most steps are smaller than bf16 can add to a weight. ZeRO (arXiv:1910.02054)
@@ -244,7 +244,7 @@ def deepspeed_config(args) -> dict:
     if not Path(args.deepspeed).is_file():
         raise FileNotFoundError(f"{where}: no such file")
     config = lora.read_json(Path(args.deepspeed))
-    zero = config.get("zero_optimization", {})
+    zero = config.get("zero_optimization") or {}
     flags = {
         "train_micro_batch_size_per_gpu": args.per_device_train_batch_size,
         "gradient_accumulation_steps": args.gradient_accumulation_steps,

@@ -4,7 +4,7 @@
     {"question_id": 51606, "image_id": 51606, "answers": [{"answer": "oven"}, ... ten of them]}
 
     > {"id": "51606", "image": "COCO_train2014_000000051606.jpg", "conversations": [
-          {"from": "human", "value": "<image>\\nWhat could block the washer's door?\\nAnswer the .."},
+          {"from": "human", "value": "<image>\\nWhat could block the washer's door?\\nAnswer .."},
           {"from": "gpt",   "value": "oven"}], "answers": ["oven", ..]}
 
 The answer to learn is the commonest of the ten that people gave, of several such the first; all ten
@@ -34,7 +34,7 @@ def read(path: str, key: str, take) -> tuple[list, str]:
     try:
         content = json.loads(content)
         return [take(item) for item in content[key]], str(content["data_subtype"])
-    except Exception as error:  # as many as there are other kinds of JSON
+    except Exception as error:  # KeyError, TypeError ...: any other JSON
         raise ValueError(
             f"{path}: not {key} as OK-VQA and VQAv2 publish them ({type(error).__name__}: {error})"
         ) from None
@@ -45,7 +45,7 @@ def question(raw: dict) -> tuple:
 
 
 def annotation(raw: dict) -> tuple:
-    answers = [given["answer"].strip() for given in raw["answers"]]
+    answers = [given["answer"].strip() for given in raw["answers"] if given["answer"].strip()]
     return (int(raw["question_id"]), int(raw["image_id"])), answers
 
 
@@ -54,8 +54,8 @@ def vqa_rows(questions: str, annotations: str, pictures: Pictures) -> list[dict]
     asked, split = read(questions, "questions", question)
     answered, _ = read(annotations, "annotations", annotation)
     given = dict(answered)
-    numbers = {key for (key, _), _ in asked}
-    if len(numbers) < len(asked) or len(given) < len(answered):
+    ids = {key for (key, _), _ in asked}
+    if len(ids) < len(asked) or len(given) < len(answered):
         raise ValueError(f"{questions}, {annotations}: a question_id stands twice in one of them")
     rows, missing = [], []
     for (key, image), words in asked:
@@ -67,13 +67,14 @@ def vqa_rows(questions: str, annotations: str, pictures: Pictures) -> list[dict]
         if not words or IMAGE in words:
             raise ValueError(f"{questions}: question {key} is {words!r}: remove it")
         name = f"COCO_{split}_{image:012d}.jpg"
-        found = [place for place in (name, f"{split}/{name}") if pictures.find(place)]
-        missing += [] if found else [name]
+        found = next(filter(pictures.find, (name, f"{split}/{name}")), None)
+        if not found:
+            missing.append(name)
         turns = [
             {"from": "human", "value": f"{IMAGE}\n{words}\n{SHORT_ANSWER}"},
             {"from": "gpt", "value": max(answers, key=answers.count)},
         ]
-        row = {"id": str(key), "image": (found or [name])[0], "conversations": turns}
+        row = {"id": str(key), "image": found or name, "conversations": turns}
         rows.append(row | {"answers": answers})
     if missing:
         raise FileNotFoundError(

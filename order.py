@@ -23,7 +23,7 @@ import torch
 
 
 def plan_epoch(records, global_batch: int, seed: int, epoch: int, by_modality: bool):
-    """The rows of each optimizer step, the longest first: (steps, global_batch) int64; -1 is none.
+    """Each optimizer step's rows, the longest first: (steps, global_batch) int64; -1 fills the last.
 
     records has `lengths` and `has_picture` of all rows. With `by_modality` a step has rows of one
     kind (with pictures, or without), of similar length. The step with the longest row is the first
@@ -35,8 +35,8 @@ def plan_epoch(records, global_batch: int, seed: int, epoch: int, by_modality: b
     for kind in kinds if by_modality else [np.full(len(lengths), True)]:
         rows = rng.permutation(np.flatnonzero(kind))
         if by_modality and len(rows):  # by length, give or take 5 %: other mates in each epoch
-            size = lengths[rows]
-            rows = rows[np.argsort(-size + rng.uniform(-0.05, 0.05, len(rows)) * size.mean())]
+            noise = rng.uniform(-0.05, 0.05, len(rows)) * lengths[rows].mean()
+            rows = rows[np.argsort(noise - lengths[rows])]
         missing = np.full(-len(rows) % global_batch, -1)
         steps.append(np.append(rows, missing).reshape(-1, global_batch))
     steps = rng.permutation(np.concatenate(steps))  # (steps, global_batch)
@@ -105,7 +105,7 @@ def windows(plan, per_epoch, step, accumulation, world, rank, dataset, *options)
     while True:
         micro = micro_batches(plan(epoch), accumulation, world, rank, start)
         batches = iter(loader(dataset, micro, *options))
-        yield from zip(*[batches] * accumulation)  # as many at a time
+        yield from zip(*[batches] * accumulation)  # one iterator, that many times: a window
         epoch, start = epoch + 1, 0
 
 

@@ -2,7 +2,7 @@
 
     join(use_deepspeed=True)  # the launcher's environment says which rank this is, and of how many
     ...
-    leave()                   # after success only
+    leave()                   # all together: after success, or a stop
     sys.exit(run(main))       # in place of main(): one that fails ends the other ranks at once
 
 A launcher (deepspeed, srun, torchrun) starts the processes. One that fails says so in a line, and
@@ -55,17 +55,17 @@ def join(use_deepspeed: bool):
 
 
 def leave():
-    """Ends the process group, once all ranks are done: a launcher ends all 30 s after the first has
-    left with another status than 0.
+    """Ends the process group, once all ranks are done: the launcher kills the others 30 s after the
+    first that leaves with another status than 0, and a run that was stopped leaves with 3.
     """
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
 
 
-def as_rank(text: str) -> str:
-    """What a rank that fails says. What is wrong for all is rank 0's to say: it ends the others
-    before they speak, see `end`.
+def after_rank_0(text: str) -> str:
+    """What a rank that fails says. Rank 0 says it at once; another waits, and where all have the same
+    fault, the `end` of rank 0 has killed it by then.
     """
     rank = os.environ.get("RANK", "0")
     if rank == "0":
@@ -86,9 +86,9 @@ def end():
 
     The launcher would send them SIGTERM, which is a wish to save and stop here, and wait for 30 s.
     """
-    siblings = Path(f"/proc/{os.getppid()}/task").glob("*/children")
-    pids = [int(pid) for file in siblings for pid in file.read_text().split()]
-    mine = program_of(os.getpid())
+    lists = Path(f"/proc/{os.getppid()}/task").glob("*/children")  # of the launcher's threads
+    pids = [int(pid) for file in lists for pid in file.read_text().split()]
+    mine = program_of(os.getpid())  # a launcher has children that are no ranks, too
     ranks = [pid for pid in pids if pid != os.getpid() and program_of(pid) == mine]
     if os.fork() == 0:  # outlives this process, whose status the launcher is to see first
         time.sleep(1)
@@ -106,7 +106,7 @@ def run(main) -> int:
         status = main()
     except Exception as error:
         traceback.print_exc()
-        text = as_rank(f"{type(error).__name__}: {error}")
+        text = after_rank_0(f"{type(error).__name__}: {error}")
         print(f"{Path(sys.argv[0]).name}: {text}", file=sys.stderr)
         status = 2
     sys.stdout.flush()

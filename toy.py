@@ -264,33 +264,35 @@ def give_sight(tower):
     sines and cosines. The first layer's MLP adds how strong each wave is, whatever its sign; the
     second layer's attention adds the mean over patches that are not white, or have edges.
     """
-    first, second, _ = tower.encoder.layers
+    first, second, _ = tower.encoder.layers  # LLaVA does not run the last one
     table, conv = tower.embeddings.position_embedding.weight, tower.embeddings.patch_embedding
     width, side = tower.embeddings.embed_dim, tower.embeddings.patch_size
     # The norm after the embeddings takes their scale away, but Adam's steps would soon wipe out
     # small ones: hence the 50.
-    grid, count = (torch.arange(side) + 0.5) / side, width // 4
+    # Channels: 0 to 2 colour, then the waves, from 20 their strengths, the last quarter position.
+    grid, n = (torch.arange(side) + 0.5) / side, width // 4 - 1
+    waves, strengths = slice(3, 3 + n), slice(20, 20 + n)
     conv.weight.zero_()
     conv.weight[range(3), range(3)] = 50 / side**2
-    order = sorted((i + j, i, j) for i in range(6) for j in range(6))[1:count]
-    for k, (_, *frequencies) in enumerate(order):
-        waves = [torch.cos(torch.pi * f * grid) for f in frequencies]
-        conv.weight[3 + k] = 50 / side**2 * torch.outer(*waves)
-    places = tower.embeddings.image_size // side
-    angles = torch.pi * torch.outer(torch.arange(places) / places, 2.0 ** torch.arange(width // 16))
-    waves = 50 * torch.cat([angles.sin(), angles.cos()], dim=1)  # (24, width / 8)
-    place = [waves[:, None].expand(-1, places, -1), waves[None].expand(places, -1, -1)]
+    lowest = sorted((i + j, i, j) for i in range(6) for j in range(6))[1 : n + 1]
+    for k, (_, *frequencies) in enumerate(lowest):
+        pair = [torch.cos(torch.pi * f * grid) for f in frequencies]
+        conv.weight[3 + k] = 50 / side**2 * torch.outer(*pair)
+    rows = tower.embeddings.image_size // side
+    angles = torch.pi * torch.outer(torch.arange(rows) / rows, 2.0 ** torch.arange(width // 16))
+    steps = 50 * torch.cat([angles.sin(), angles.cos()], dim=1)  # (24, width / 8)
+    place = [steps[:, None].expand(-1, rows, -1), steps[None].expand(rows, -1, -1)]
     table[1:] = 0
     table[1:, -width // 4 :] = torch.cat(place, dim=-1).flatten(0, 1)  # (576, width / 4)
 
-    eye, waves, strengths = torch.eye(width), slice(3, 2 + count), slice(20, 19 + count)
-    first.mlp.fc1.weight[: 2 * count - 2] = 4 * torch.cat([eye[waves], -eye[waves]])
-    first.mlp.fc2.weight[:, : 2 * count - 2] = eye[:, strengths].repeat(1, 2)
+    eye = torch.eye(width)
+    first.mlp.fc1.weight[: 2 * n] = 4 * torch.cat([eye[waves], -eye[waves]])
+    first.mlp.fc2.weight[:, : 2 * n] = eye[:, strengths].repeat(1, 2)
     look = second.self_attn
     for head, whiteness in enumerate([-0.4, -0.8]):  # the weaker one leaves room for amounts
-        one = head * look.head_dim  # its query is a constant, its key says how white a patch is
-        look.q_proj.weight[one], look.q_proj.bias[one] = 0, look.head_dim**0.5
-        look.k_proj.weight[one], look.k_proj.weight[one, :3] = 0, whiteness
+        row = head * look.head_dim  # its query is a constant, its key says how white a patch is
+        look.q_proj.weight[row], look.q_proj.bias[row] = 0, look.head_dim**0.5
+        look.k_proj.weight[row], look.k_proj.weight[row, :3] = 0, whiteness
     look.k_proj.weight[0, strengths] = 0.8
     look.v_proj.weight.copy_(eye)
     look.out_proj.weight.copy_(eye)
@@ -345,20 +347,19 @@ def print_stages(out: Path):
 def print_answers(out: Path, answers: list[dict]):
     """Shares right: as trained, with other rows' pictures, and by the question alone."""
     seen = read_lines(out / "train_validation" / "metrics.jsonl")[0]
-    turned = read_lines(out / "train_shuffled" / "metrics.jsonl")[0]
-    blind = json.loads((out / "toy" / "baseline.json").read_text())
+    shuffled = read_lines(out / "train_shuffled" / "metrics.jsonl")[0]
+    by_question = json.loads((out / "toy" / "baseline.json").read_text())
     counts = collections.Counter(answer["kind"] for answer in answers)
     shares = {}
     for kind in [*FIVE, *sorted(set(counts) - set(FIVE))]:
         key = f"eval_exact_match/{kind}"
-        shares[kind] = np.array([seen[key], turned[key], blind[kind]])
-    total = sum(counts[kind] for kind in FIVE)
-    mean = sum(counts[kind] * shares[kind] for kind in FIVE) / total
+        shares[kind] = np.array([seen[key], shuffled[key], by_question[kind]])
+    together, total = "the first five", sum(counts[kind] for kind in FIVE)
+    lines = [(kind, counts[kind], share) for kind, share in shares.items()]
+    lines.append((together, total, sum(counts[kind] * shares[kind] for kind in FIVE) / total))
     print("\nheld-out answers   questions   right   pictures shuffled   question alone")
-    for kind, share in [*shares.items(), ("the first five", mean)]:
-        right, turned, blind = share
-        count = counts[kind] or total
-        print(f"{kind:<18}{count:>10}{right:>8.1%}{turned:>20.1%}{blind:>17.1%}")
+    for name, count, (right, turned, blind) in lines:
+        print(f"{name:<18}{count:>10}{right:>8.1%}{turned:>20.1%}{blind:>17.1%}")
 
 
 def print_summary(out: Path):
