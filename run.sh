@@ -37,7 +37,7 @@ set -euo pipefail
 refuse() { echo "run.sh: $*" >&2; exit 2; }
 here=$(dirname "${BASH_SOURCE[0]}") called_from=$PWD
 [ -f "$here/train.py" ] || [ -z "${SLURM_JOB_ID:-}" ] ||  # sbatch runs a copy of this file
-  here=$(dirname "$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=\([^ ]*\).*/\1/p' | head -n 1)")
+  here=$(dirname "$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=\(.*run\.sh\).*/\1/p' | head -n 1)")
 [ -f "$here/train.py" ] || refuse "does not know its folder: sbatch /path/to/run.sh"
 cd "$here"
 

@@ -71,7 +71,7 @@ def test_slurm_starts_a_launcher_per_node_from_any_folder(shell, tmp_path):
     start, calls = shell
     script = tmp_path / "slurm_script"
     shutil.copy(HERE / "run.sh", script)
-    job = SLURM | {"SLURM_NNODES": "3", "SLURM_NTASKS": "12", "COMMAND": str(HERE / "run.sh")}
+    job = SLURM | {"SLURM_NNODES": "3", "SLURM_NTASKS": "12", "COMMAND": f"{HERE}/run.sh a/b"}
     assert start(script, **STAGES, **STAGE_1, **job, NUM_GPUS="4").wait() == 0
     assert len(calls("srun")) == 2 and len(calls("deepspeed")) == 6  # of two stages
     assert all("--cpus-per-task=8" in words for words in calls("srun"))
