@@ -7,7 +7,7 @@ runs in its own process, in turn (ours, peer, ours, peer ..), and the medians co
 the same steps stands beside the speed, so that no speed is bought with wrong numbers (dropout draws
 differently on the two sides).
 
-    python bench.py --shape tiny                          two minutes on two cores
+    python bench.py --shape tiny --rounds 1               four minutes on two cores
     python bench.py --shape 135m --dtype bf16             an hour; the table of bench.md
     python bench.py --shape 7b ...                        on a GPU: see cluster.md
 
@@ -140,14 +140,9 @@ def make_adapter(folder: Path, out: Path):
 
 def flags_of(job: dict) -> list[str]:
     """The flags of train.py for a job: what one side runs in one process."""
-    work, (flags, _) = Path(job["work"]), CASES[job["case"]]
-    adapter = ["--adapter", str(work / "adapter")] if "use_lora" in flags else []
-    paths = [
-        "--data_path",
-        str(work / f"{job['mix']}.json"),
-        "--image_folder",
-        str(work / "images"),
-    ]
+    work, (flags, _) = job["work"], CASES[job["case"]]
+    adapter = ["--adapter", f"{work}/adapter"] if "use_lora" in flags else []
+    paths = ["--data_path", f"{work}/{job['mix']}.json", "--image_folder", f"{work}/images"]
     paths += ["--model_name_or_path", job["model"], "--output_dir", job["out"]]
     more = (
         f"--max_steps {job['steps']} --per_device_train_batch_size {job['micro_batch']} "
@@ -418,7 +413,8 @@ def parse(argv):
     add, mixes = parser.add_argument, ["caption", "instruction"]
     add("--shape", choices=list(SHAPES), default="tiny", help="which model")
     add("--cases", nargs="+", choices=list(CASES), default=list(CASES), help="what it does")
-    add("--peers", nargs="*", choices=PEERS, default=PEERS[:1], help="none: ours alone")
+    peers = "fp32_folder: fp32 weights, autocast; none: ours alone"
+    add("--peers", nargs="*", choices=PEERS, default=PEERS[:1], help=peers)
     add("--mix", nargs="+", default=mixes, help="rows: caption, instruction, or a number of tokens")
     add("--micro_batch", nargs="+", type=int, default=[4], help="rows of a step; of generate, too")
     add("--steps", type=int, default=4, help="steps of a run; the first does not count")

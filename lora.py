@@ -27,8 +27,8 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 # --- LoRA: this part needs only math, re and torch of the above, and nothing below ---
@@ -247,15 +247,17 @@ def read_json(file):
 
 def read_tensors(file):
     try:
-        return load_file(file)
+        with safe_open(file, "pt") as opened:
+            about = (opened.metadata() or {}).get("base", "{}")
+            return {key: opened.get_tensor(key) for key in opened.keys()}, json.loads(about)
     except SafetensorError as error:
         raise ValueError(f"{file} is damaged: {error}") from None
 
 
-def write_tensors(tensors, file):
+def write_tensors(tensors, file, **metadata):
     file.touch()
     mode = file.stat().st_mode  # the umask's; safetensors makes files private
-    save_file(tensors, file, metadata={"format": "pt"})
+    save_file(tensors, file, metadata={"format": "pt", **metadata})
     file.chmod(mode)
 
 
@@ -286,9 +288,8 @@ def options_of(model):
 def save(model, out, base_hash=None, rename=str, modules_to_save=(), tensors=None, base_name=None):
     """Writes all that trains, in fp32, as an adapter: a folder with a config and the weights.
 
-    base_hash is the fingerprint of the base model, base_name what its user calls it,
-    modules_to_save are the paths of the modules that train whole, and tensors {parameter name:
-    tensor} is written in place of the model's own.
+    base_hash is the fingerprint of the base, base_name what its user calls it, modules_to_save the
+    paths of what trains whole; tensors {parameter name: tensor} replace the model's own.
     """
     modules_to_save = [rename(module) for module in modules_to_save]
     keys = adapter_keys(model, rename, modules_to_save)
@@ -306,7 +307,10 @@ def save(model, out, base_hash=None, rename=str, modules_to_save=(), tensors=Non
     tensors |= unused
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    write_tensors({PREFIX + key: tensor for key, tensor in tensors.items()}, out / WEIGHTS)
+    # Beside the weights, for PEFT would warn of entries in the config that it does not know.
+    quantized = [rename(name) for name, p in parameters.items() if is_nf4(p)]
+    base = json.dumps({"quantized": quantized, "base_fingerprint": base_hash})
+    write_tensors({PREFIX + k: x for k, x in tensors.items()}, out / WEIGHTS, base=base)
     config = {
         "peft_type": "LORA",
         "task_type": None,
@@ -315,9 +319,6 @@ def save(model, out, base_hash=None, rename=str, modules_to_save=(), tensors=Non
         "modules_to_save": modules_to_save or None,
         **options_of(model),
         "bias": "none",
-        # The rest is ours; PEFT passes over it.
-        "quantized": [rename(name) for name, p in model.named_parameters() if is_nf4(p)],
-        "base_fingerprint": base_hash,
     }
     (out / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
 
@@ -377,11 +378,11 @@ def read_adapter(folder, base=None, rename=str, model=None):
         final = folder / "final"
         where = f"; there is one in {final}" if (final / CONFIG).is_file() else ""
         raise FileNotFoundError(f"--adapter {folder}: no {CONFIG}, so no adapter{where}")
-    config = read_config(folder / CONFIG)
+    tensors, about = read_tensors(folder / WEIGHTS)
+    config = read_config(folder / CONFIG) | about
     parameters = dict(model.named_parameters()) if model else {}
     shapes = base_shapes({**parameters, **base}, rename)
     config["modules_to_save"] = whole_paths(config["modules_to_save"], shapes, folder / CONFIG)
-    tensors = read_tensors(folder / WEIGHTS)
     tensors = {rename(key.removeprefix(PREFIX)): tensor for key, tensor in tensors.items()}
     check_keys(tensors, shapes, config, folder)
     if not any(key.endswith(A_KEY) for key in tensors):
@@ -399,8 +400,7 @@ def load(model, adapter, base=None, rename=str, dtype=None):
     Leaves the model as `save` found it: adapters and modules_to_save train, the rest is frozen.
     dtype is that of A and B, as in `inject`: files have fp32. base is {name: tensor} of the files
     that the model is from; an adapter that was trained on others is refused, and what it has for
-    parts of them that the model leaves out goes to `model.unused_adapter`, from where `save` takes
-    it.
+    parts that the model leaves out goes to `model.unused_adapter`, from where `save` takes it.
     """
     config, tensors = read_adapter(adapter, base, rename, model)
     layers = [name for name, _ in model.named_modules() if rename(name) + A_KEY in tensors]
