@@ -219,8 +219,7 @@ def run_ours(job: dict) -> dict:
     status = train.main(flags_of(job))
     train.load_model, fast.enable = load_model, enable
     assert status == 0
-    lines = (Path(job["out"]) / "metrics.jsonl").read_text().splitlines()
-    steps, rows = [json.loads(line) for line in lines], job["micro_batch"]
+    steps, rows = report.read_lines(Path(job["out"]) / "metrics.jsonl"), job["micro_batch"]
     return {
         "seconds": [rows / step["samples_per_s"] for step in steps],
         "tokens": [rows * step["tokens_per_s"] / step["samples_per_s"] for step in steps],
@@ -398,7 +397,7 @@ def line_of(ours: list[dict], beside: list[dict], rate: float) -> dict:
 
 def last_of(runs: list[dict]) -> str:
     last = runs[-1]["losses"][-1]
-    return last[:20] if isinstance(last, str) else f"{last:.5f}"
+    return last[:20].replace("|", "\\|") if isinstance(last, str) else f"{last:.5f}"
 
 
 def show(lines: list[dict]):

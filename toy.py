@@ -27,7 +27,6 @@ import collections
 import json
 import os
 import random
-import shlex
 import sys
 import tempfile
 from pathlib import Path
@@ -44,6 +43,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+import report
 from build import build
 from cli import Parser, check_new, command, number, written
 from data import IMAGE
@@ -328,14 +328,10 @@ def make_model(out: Path, words: list[str], seed: int = 0):
 FIVE = list(QUESTIONS)  # the kinds that the recipe must answer
 
 
-def read_lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 def print_stages(out: Path):
     print("\nstage      steps   minutes   held-out loss before > after")
     for stage in ("reading", "stage1", "stage2"):
-        rows = read_lines(out / stage / "metrics.jsonl")
+        rows = report.read_lines(out / stage / "metrics.jsonl")
         losses = [row["eval_loss"] for row in rows if "eval_loss" in row]
         began, ended = (os.stat(out / stage / name).st_mtime for name in ("run.json", "final"))
         minutes = (ended - began) / 60
@@ -346,8 +342,8 @@ def print_stages(out: Path):
 
 def print_answers(out: Path, answers: list[dict]):
     """Shares right: as trained, with other rows' pictures, and by the question alone."""
-    seen = read_lines(out / "train_validation" / "metrics.jsonl")[0]
-    shuffled = read_lines(out / "train_shuffled" / "metrics.jsonl")[0]
+    seen = report.read_lines(out / "train_validation" / "metrics.jsonl")[0]
+    shuffled = report.read_lines(out / "train_shuffled" / "metrics.jsonl")[0]
     by_question = json.loads((out / "toy" / "baseline.json").read_text())
     counts = collections.Counter(answer["kind"] for answer in answers)
     shares = {}
@@ -367,8 +363,10 @@ def print_summary(out: Path):
 
     Paths are as seen from the folder where the command is to be pasted.
     """
-    out, here = Path(os.path.relpath(out)), Path(os.path.relpath(Path(__file__).parent))
-    answers = read_lines(out / "train_validation" / "predictions.jsonl")
+    out = Path(os.path.relpath(out))
+    answers = report.read_lines(out / "train_validation" / "predictions.jsonl")
+    if not answers:
+        raise ValueError(f"{out}: the recipe was not run there to its end")
     print_stages(out)
     print_answers(out, answers)
     rows = json.loads((out / "toy" / "train_validation.json").read_text())
@@ -378,12 +376,8 @@ def print_summary(out: Path):
     for answer in answers:
         if answer["id"] == row["id"]:
             print(f"  {answer['question'].splitlines()[-1]} > {answer['prediction']}")
-    # The environment that run.sh makes is not on the PATH of the shell that called it.
-    made = (here / ".venv").resolve() == Path(sys.prefix).resolve()
-    python = here / ".venv" / "bin" / "python" if made else "python"
-    chat = shlex.join([str(python), str(here / "chat.py"), "--model_name_or_path", str(model)])
     print(f"\nall of them: {out}/train_validation/predictions.jsonl\nto ask more:")
-    print(f"  {chat} \\\n      --image {shlex.quote(str(picture))}")
+    print(report.command("chat.py", "--model_name_or_path", model, "--image", picture))
 
 
 # --- the command ---

@@ -19,6 +19,7 @@ from tiny import ASKED, HERE, okvqa_argv, open_dataset, refused, row, theirs, wr
 
 import data
 import okvqa
+import report
 from data import IMAGE
 from toy import COLOURS, ToyWorld, print_summary, shapes_of
 from toy import main as make_toy
@@ -195,10 +196,11 @@ def test_the_summary_has_the_figures_and_pasteable_commands(recipe, tmp_path, mo
 def test_commands_name_the_environment_that_run_sh_made(recipe, tmp_path, monkeypatch, capsys):
     made = tmp_path / "llava" / ".venv"
     monkeypatch.setattr(sys, "prefix", str(made))
-    monkeypatch.setitem(print_summary.__globals__, "__file__", str(made.parent / "toy.py"))
+    monkeypatch.setattr(sys, "executable", str(made / "bin/python"))
+    monkeypatch.setattr(report, "__file__", str(made.parent / "report.py"))
     monkeypatch.chdir(tmp_path)
     print_summary(recipe[0])
-    assert "\n  llava/.venv/bin/python llava/chat.py --model" in capsys.readouterr().out
+    assert "\n  llava/.venv/bin/python llava/chat.py" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -211,7 +213,7 @@ def test_commands_name_the_environment_that_run_sh_made(recipe, tmp_path, monkey
         (["data", "--out", "x", "--scenes", "0"], "--scenes: 0 is not from 1"),
         (["data", "--out", "FILE"], "FILE: exists already"),
         (["model", "--out", "FILE"], "FILE: exists already"),
-        (["summary", "--out", "x"], "predictions.jsonl"),
+        (["summary", "--out", "x"], "x: the recipe was not run"),
     ],
 )
 def test_a_bad_call_of_toy_is_one_line(tmp_path, monkeypatch, capsys, argv, says):
