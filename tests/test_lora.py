@@ -1,7 +1,4 @@
-"""LoRA and QLoRA beside plain torch: the layer, which layers, 4 bits, our files.
-
-python -m pytest tests/test_lora.py
-"""
+"""LoRA and QLoRA beside plain torch: the layer, which layers, 4 bits, our files."""
 
 import functools
 import gc
@@ -271,11 +268,9 @@ def test_an_adapter_in_an_eval_model_drops_nothing(tmp_path):
     assert torch.equal(fresh(x), model.eval()(x))
 
 
-def test_a_head_that_is_tied_to_the_embeddings_gets_no_adapter(tmp_path):
-    """It could change only together with them, and `load` would refuse its adapter."""
-    config = LlamaConfig(**SMALL, vocab_size=99)
+def test_a_head_tied_to_the_embeddings_gets_no_adapter(tmp_path):
     for tied in (True, False):
-        config.tie_word_embeddings = tied
+        config = LlamaConfig(**SMALL, vocab_size=99, tie_word_embeddings=tied)
         model = LlamaForCausalLM(config)
         assert ("lm_head" in lora.inject(model, ".*", 4, 8)) == (not tied)
         lora.save(model, tmp_path)

@@ -219,7 +219,7 @@ def test_text_in_pictures_is_wrapped_and_escaped(words, width, most):
     assert whole.isascii() and (len(shown) <= most or lines[-1].endswith("..."))
 
 
-def test_other_text_than_ascii_is_drawn_where_a_font_has_it(monkeypatch):
+def test_text_beyond_ascii_is_drawn_where_a_font_has_it(monkeypatch):
     try:
         ImageFont.truetype(report.DEJAVU)
         shown = r"é – я \u6570\u5b57"  # it has no Chinese
