@@ -143,9 +143,8 @@ def report(check: Check, max_length: int, positions: int) -> int:
     records = check.records
     figures, ids, kinds = check_rows(check)
     turns, images, tokens, kept, supervised = figures.T
-    print(
-        f"rows        {len(records):,}, {((images == 0) & (turns > 0)).sum():,} of them text-only"
-    )
+    text_only = ((images == 0) & (turns > 0)).sum()
+    print(f"rows        {len(records):,}, {text_only:,} of them text-only")
     print(f"turns       {turns.sum():,}\npictures    {images.sum():,}")
     known = tokens[tokens > 0]
     if known.size:

@@ -45,8 +45,8 @@ def question(raw: dict) -> tuple:
 
 
 def annotation(raw: dict) -> tuple:
-    answers = [given["answer"].strip() for given in raw["answers"] if given["answer"].strip()]
-    return (int(raw["question_id"]), int(raw["image_id"])), answers
+    answers = (given["answer"].strip() for given in raw["answers"])
+    return (int(raw["question_id"]), int(raw["image_id"])), [answer for answer in answers if answer]
 
 
 def vqa_rows(questions: str, annotations: str, pictures: Pictures) -> list[dict]:

@@ -386,7 +386,7 @@ def draw_card(sheet, x: int, y: int, answer: dict, records, pictures) -> int:
         picture = ImageOps.pad(picture, (width - 8, 312), color=MAT)
         sheet.paste(picture, (x + k * width + 4, y + 4))
     if not names:
-        pen.text((x + 240, y + 160), "no picture", INK, font_for(""), "mm")
+        pen.text((x + 240, y + 160), "no picture", INK, ImageFont.load_default(26), "mm")
     y += 328
     verdict, colour = ("right", GOOD) if is_right(answer) else ("wrong", BAD)
     verdict += ", cut" if "cut" in answer else ""

@@ -269,8 +269,8 @@ def give_sight(tower):
     width, side = tower.embeddings.embed_dim, tower.embeddings.patch_size
     # The norm after the embeddings takes their scale away, but Adam's steps would soon wipe out
     # small ones: hence the 50.
-    # Channels: 0 to 2 colour, then the waves, from 20 their strengths, the last quarter position.
     grid, n = (torch.arange(side) + 0.5) / side, width // 4 - 1
+    # Channels 0 to 2 are colour; then come the waves, their strengths, and last the position.
     waves, strengths = slice(3, 3 + n), slice(20, 20 + n)
     conv.weight.zero_()
     conv.weight[range(3), range(3)] = 50 / side**2
@@ -350,9 +350,10 @@ def print_answers(out: Path, answers: list[dict]):
     for kind in [*FIVE, *sorted(set(counts) - set(FIVE))]:
         key = f"eval_exact_match/{kind}"
         shares[kind] = np.array([seen[key], shuffled[key], by_question[kind]])
-    together, total = "the first five", sum(counts[kind] for kind in FIVE)
+    total = sum(counts[kind] for kind in FIVE)
+    mean = sum(counts[kind] * shares[kind] for kind in FIVE) / total
     lines = [(kind, counts[kind], share) for kind, share in shares.items()]
-    lines.append((together, total, sum(counts[kind] * shares[kind] for kind in FIVE) / total))
+    lines.append(("the first five", total, mean))
     print("\nheld-out answers   questions   right   pictures shuffled   question alone")
     for name, count, (right, turned, blind) in lines:
         print(f"{name:<18}{count:>10}{right:>8.1%}{turned:>20.1%}{blind:>17.1%}")
