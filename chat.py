@@ -28,8 +28,9 @@ from transformers import TextStreamer
 import fast
 from cli import Parser, command, find_device, folded, number, one_line
 from data import IMAGE, VERSIONS, ChatText, PictureTransform, decode_picture
-from evaluate import NOTHING, open_model, printable
+from evaluate import open_model
 from model import Llava, open_tokenizer, resolve
+from report import NOTHING, printable
 
 HELP = "/image FILE shows one, /clear begins anew, Ctrl-C ends an answer, Ctrl-D all"
 

@@ -1,4 +1,4 @@
-"""How good a LLaVA is: the loss on rows that it has not learnt from, its answers, the VQA score.
+"""How good a LLaVA is: the loss on rows that it has not learnt from, and its answers.
 
     rows of a batch  > input_ids, labels (B, T)   > loss of each label, share predicted right
     their pictures   > vision tower, projector    (N, P, D), once for the loss and all questions
@@ -10,7 +10,7 @@ normalise). What a template puts in front of every answer, as an empty <think> b
 neither; under `plain` first lines are compared.
 
 Two keys of a row are for evaluation only: `kinds`, a name for each of its questions, gives each
-kind figures of its own; `answers`, ten people's to its only question, gives the VQA score.
+kind figures of its own; `answers`, ten people's to its only question, gives vqa.py's score.
 
     python evaluate.py --model_name_or_path DIR [--adapter DIR] --validation_data_path F
                        --image_folder DIR [--output_dir DIR]
@@ -23,8 +23,6 @@ kind figures of its own; `answers`, ten people's to its only question, gives the
     options = dict(eval_samples=-1, max_new_tokens=64, workers=0, on_bad_record="stop")
     metrics, answers = evaluate(
         model, dataset, engines.OneProcess(), collate, batch_size=16, device="cpu", **options)
-
-Source: the VQA score is that of github.com/GT-Vision-Lab/VQA, vqaEval.py, to the letter.
 """
 
 import contextlib
@@ -33,9 +31,7 @@ import dataclasses
 import functools
 import json
 import math
-import re
 import sys
-import textwrap
 import unicodedata
 from pathlib import Path
 
@@ -52,6 +48,7 @@ import lora
 import model as llava
 import order
 import report
+import vqa
 
 
 def open_model(
@@ -101,50 +98,6 @@ def open_rows(args, path: str | None, source: Path, text) -> data.LlavaDataset |
     return rows
 
 
-# --- the VQA score ---
-
-# An apostrophe that is missing in one of these is put back. `somebody'd` loses its own: a slip in
-# the official table, which published scores have in them.
-CONTRACTED = """
-    ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't
-    haven't he'd he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am might've mightn't
-    mightn't've must've mustn't needn't not've o'clock oughtn't 'ow's'at shan't she'd've should've
-    shouldn't shouldn't've somebody'd've somebody'll somebody's someone'd someone'd've someone'll
-    someone's something'd something'd've something'll that's there'd there'd've there're there's
-    they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll what're
-    what's what've when's where'd where's where've who'd who'd've who'll who's who've why'll why're
-    why's won't would've wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're
-    you've"""
-CONTRACTIONS = {"somebody'd": "somebodyd"}
-for whole in CONTRACTED.split():
-    for apostrophe in re.finditer("'", whole):
-        CONTRACTIONS[whole[: apostrophe.start()] + whole[apostrophe.end() :]] = whole
-NUMBERS = {"none": "0", "zero": "0", "one": "1", "two": "2", "three": "3", "four": "4"}
-NUMBERS |= {"five": "5", "six": "6", "seven": "7", "eight": "8", "nine": "9", "ten": "10"}
-
-
-def normalise(answer: str) -> str:
-    """An answer without case, articles, and punctuation other than ' and : and decimal points."""
-    text = answer
-    for mark in ';/[]"{}()=+\\_-><@`,?!':
-        loose = f"{mark} " in answer or f" {mark}" in answer or re.search("[0-9],[0-9]", answer)
-        text = text.replace(mark, "" if loose else " ")
-    text = re.sub(r"\.(?![0-9])", "", text, count=32)  # officially a flag stands where a count does
-    words = [NUMBERS.get(word, word) for word in text.lower().split()]
-    return " ".join(CONTRACTIONS.get(w, w) for w in words if w not in ("a", "an", "the"))
-
-
-def vqa_accuracy(prediction: str, answers: list[str]) -> float:
-    """How far people agree: min(1, matches / 3), averaged over the sets that leave one of their
-    `answers` (ten in VQA) out. Where all wrote the same, the official score normalises nothing.
-    """
-    texts = [re.sub("[\n\t]", " ", text).strip() for text in (prediction, *answers)]
-    if len(set(texts[1:])) > 1:
-        texts = [normalise(text) for text in texts]
-    same = [text == texts[0] for text in texts[1:]]
-    return sum(min(1, (sum(same) - one) / 3) for one in same) / len(same)
-
-
 # --- questions and answers ---
 
 
@@ -189,7 +142,7 @@ class Judge:
         if not set(ids) & set(self.text.stop_ids):
             told["cut"] = True  # by --max_new_tokens
         if question.people:
-            told["vqa_accuracy"] = vqa_accuracy(prediction, question.people)
+            told["vqa_accuracy"] = vqa.accuracy(prediction, question.people)
         return told
 
 
@@ -385,40 +338,6 @@ def evaluate(
     return {"step": step} | found, answers
 
 
-def shares(metrics: dict, kind: str = "") -> str:
-    """The figures that are shares, of all questions or of one kind of them, as text."""
-    names = [f"eval_{name}{kind}" for name in ("token_accuracy", "exact_match", "vqa_accuracy")]
-    found = {name: metrics[name] for name in names if name in metrics}
-    return ", ".join(
-        f"{name.removeprefix('eval_').removesuffix(kind).replace('_', ' ')} {share:.1%}"
-        for name, share in found.items()
-    )
-
-
-NOTHING = "(nothing to show)"  # an answer that is empty, or control characters
-
-
-def printable(text: str) -> str:
-    """On one line, of at most 80 characters, none of which moves a terminal's cursor."""
-    text = "".join(c if c.isprintable() else " " for c in text.replace(data.IMAGE, ""))
-    return textwrap.shorten(text, 80, placeholder="...") or NOTHING
-
-
-def show(metrics: dict, answers: list[dict], of: str = ""):
-    """Prints an evaluation: its figures, a line for each kind of question, and a few answers."""
-    loss = f"{of or 'step ' + str(metrics['step'])}: validation loss {metrics['eval_loss']:.4f}"
-    lines, kinds = [f"{loss}, {shares(metrics)}"], [told.get("kind") for told in answers]
-    for kind in sorted(set(kinds) - {None}):
-        lines.append(f"{kind:<12} {kinds.count(kind):>6,} questions: {shares(metrics, '/' + kind)}")
-    for told in answers[:: max(1, len(answers) // 4)][:4]:
-        line = f"{printable(told['question'])} > {printable(told['prediction'])}"
-        line += " (cut)" if "cut" in told else ""
-        lines.append(line if told["right"] else f"{line} (not {printable(told['answer'])})")
-    for n, line in enumerate(lines):
-        indent = "  " if n else ""
-        tqdm.write(textwrap.fill(line, 80, initial_indent=indent, subsequent_indent="    "))
-
-
 # --- the command ---
 
 
@@ -469,7 +388,7 @@ def main(argv=None):
     collate = data.Collator(model.config.image_token_id, model.tokens_per_picture)
     options = options_of(args, device)
     metrics, answers = evaluate(model, dataset, engines.OneProcess(), collate, **options)
-    show(metrics, answers, args.validation_data_path)
+    report.show_evaluation(metrics, answers, args.validation_data_path)
     if args.output_dir:
         with cli.written(args.output_dir) as part:
             write(part, vars(args), metrics, answers)

@@ -379,7 +379,7 @@ class Run:
         rows, step = self.validation, self.progress["step"]
         options = evaluate.options_of(self.args, self.device) | {"step": step}
         metrics, answers = evaluate.evaluate(self.model, rows, self.engine, self.collate, **options)
-        evaluate.show(metrics, answers)
+        report.show_evaluation(metrics, answers)
         self.log.evaluation(metrics, answers, rows.records, rows.pictures)
         self.progress["evaluations"].append([step, metrics["eval_loss"]])
         if self.since_best() == 0:

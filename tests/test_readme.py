@@ -63,8 +63,20 @@ LIBRARIES = [
     "checkpoint",
     "cli",
     "order",
+    "vqa",
 ]  # nothing of the project
-OTHERS = ["engines", "ranks", "report", "evaluate", "merge", "build", "check", "okvqa", "chat"]
+OTHERS = [
+    "engines",
+    "ranks",
+    "draw",
+    "report",
+    "evaluate",
+    "merge",
+    "build",
+    "check",
+    "okvqa",
+    "chat",
+]
 
 
 def test_imports_run_one_way_only():

@@ -1,4 +1,4 @@
-"""What people see of a run: tables, the progress line, logs, trackers, pictures, last words."""
+"""What people see of a run: tables, the progress line, logs, trackers, last words."""
 
 import fcntl
 import importlib.util
@@ -18,12 +18,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from PIL import Image, ImageFont
+from PIL import Image
 from processes import LORA, evaluated, metrics_of, parsed, run
 from tiny import HERE, open_dataset
 
+import draw
 import model as llava
 import report
 import toy
@@ -201,83 +200,7 @@ def test_a_tracker_that_is_not_installed_is_one_line(tmp_path, monkeypatch, caps
     assert stop.value.code == 2 and "pip install wandb" in capsys.readouterr().err
 
 
-# --- pictures ---
-
-
-WORDS = ["Wörter", "数字", "🙂", "a", "frog.", "x" * 99, "\u0007", "don't", "</s>", "(left)"]
-
-
-@settings(deadline=None, max_examples=40)
-@given(st.lists(st.sampled_from(WORDS), max_size=30), st.integers(100, 500), st.integers(1, 4))
-def test_text_in_pictures_is_wrapped_and_escaped(words, width, most):
-    font = report.ImageFont.load_default(26)
-    lines = report.wrap("\n".join(words), font, width, most)
-    assert len(lines) <= most and all(font.getlength(line) <= width for line in lines)
-    shown = report.wrap(" ".join(words), font, width, 10**6)
-    whole = "".join(words).encode("unicode_escape").decode()
-    assert "".join(shown).replace(" ", "") == whole
-    assert whole.isascii() and (len(shown) <= most or lines[-1].endswith("..."))
-
-
-def test_text_beyond_ascii_is_drawn_where_a_font_has_it(monkeypatch):
-    try:
-        ImageFont.truetype(report.DEJAVU)
-        shown = r"é – я \u6570\u5b57"  # it has no Chinese
-    except OSError:
-        shown = r"\xe9 \u2013 \u044f \u6570\u5b57"
-    text = "é – я 数字"
-    assert report.visible(text, report.font_for(text)) == shown
-    monkeypatch.setattr(report, "DEJAVU", "nowhere.ttf")
-    assert report.visible(text, report.font_for(text)).isascii()
-
-
-def greys(picture):
-    return np.asarray(picture.convert("L")).astype(int)
-
-
-def test_the_sheet_tells_right_from_wrong_without_colour(world):
-    """And nothing leaves its place, however long a text is."""
-    dataset = open_dataset(world / "rows.json", world / "images", world / "llava")
-
-    def sheet(answers):
-        return report.draw_samples(answers, dataset.records, dataset.pictures)
-
-    long = {"question": "<image>\n" + "why " * 99, "answer": "y" * 400, "prediction": "数" * 200}
-    one = {"row": 0, "question": "What?", "answer": "a", "prediction": "a", "right": True}
-    answers = [one | {"row": i % 12} for i in range(30)]
-    plain, wrong = sheet([one]), sheet([one | {"right": False}])
-    assert plain.tobytes() == sheet([one | {"right": False, "vqa_accuracy": 0.3}]).tobytes()
-    dark = [greys(x)[420:] < 200 for x in (plain, wrong)]  # the two words, less their colour
-    assert (dark[0] != dark[1]).sum() > 100
-    assert sheet([one | {"right": False, "cut": True}]).tobytes() != wrong.tobytes()
-    for some in (answers, [answers[2] | long] * 3, [answers[1]], []):
-        pixels = greys(sheet(some))
-        for k in range(4):  # what is between the columns of cards stays white
-            assert (pixels[96:, 528 * k + 2 : 528 * k + 44] == 255).all()
-        assert (pixels[-6:] == 255).all()
-    assert sheet(answers).size == sheet(answers[:12]).size
-
-
-def test_curves_are_drawn_of_any_run():
-    def metrics(steps, loss):
-        trained = [{"step": s, "loss": loss(s), "token_accuracy": 0.5} for s in range(1, steps + 1)]
-        found = {"eval_loss": 2 * loss(steps), "eval_token_accuracy": 1.0, "eval_exact_match": 0.0}
-        return [{"step": 0, **found}, *trained, {"step": steps, **found, "eval_vqa_accuracy": 0.3}]
-
-    for rows in (
-        metrics(3000, lambda s: 8 / s),
-        metrics(1, lambda s: 0.0),
-        metrics(10, lambda s: 1e7),
-        [{"step": 0, "eval_loss": 1.0, "eval_token_accuracy": 0.0}],
-        [{"step": s, "loss": 1.0, "token_accuracy": 0.0} for s in (1, 2)],
-    ):
-        pixels = greys(report.draw_curves(rows))
-        blank = np.ones(pixels.shape, bool)  # nothing but legends, labels and panels
-        blank[10:612, 4:1750] = False
-        blank[100:520, 860:890] = True  # between the panels
-        assert (pixels[blank] == 255).all() and (pixels[130:530, 102:840] < 200).any()
-    longer = report.draw_curves(metrics(3000, lambda s: 8 / s + 0.1 * (s % 2)))
-    assert longer.tobytes() != report.draw_curves(metrics(3000, lambda s: 8 / s)).tobytes()
+# --- evaluations ---
 
 
 def test_each_evaluation_leaves_pictures_which_can_be_drawn_again(world, tmp_path, capsys):
@@ -292,8 +215,8 @@ def test_each_evaluation_leaves_pictures_which_can_be_drawn_again(world, tmp_pat
     dataset = open_dataset(world / "rows.json", world / "images", world / "llava")
     newest = [a for a in said if a["step"] == 2]
     title = f"step 2: validation loss {metrics_of(tmp_path / 'a')[-1]['eval_loss']:.4f}, "
-    samples = report.draw_samples(newest, dataset.records, dataset.pictures, title)
-    drawn = {"samples.png": samples, "curves.png": report.draw_curves(metrics_of(tmp_path / "a"))}
+    samples = draw.samples(newest, dataset.records, dataset.pictures, title)
+    drawn = {"samples.png": samples, "curves.png": draw.curves(metrics_of(tmp_path / "a"))}
     for again in (False, True):
         for name, picture in drawn.items():
             assert Image.open(tmp_path / "a" / name).tobytes() == picture.tobytes()
