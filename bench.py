@@ -8,7 +8,7 @@ the same steps stands beside the speed, so that no speed is bought with wrong nu
 differently on the two sides).
 
     python bench.py --shape tiny --rounds 1               four minutes on two cores
-    python bench.py --shape 135m --dtype bf16             an hour; the table of bench.md
+    python bench.py --shape 135m --dtype bf16 --steps 3   an hour; the table of bench.md
     python bench.py --shape 7b ...                        on a GPU: see cluster.md
 
 Weights and rows are random, made on the spot. peak is the most memory that a process held (on a GPU
