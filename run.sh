@@ -169,7 +169,7 @@ check_settings() {
   for name in PRETRAIN_DATA FINETUNE_DATA VALIDATION_DATA; do
     [ -z "${!name:-}" ] || [ -f "${!name}" ] || refuse "$name ${!name}: no such file"
   done
-  [[ ${TRAIN_TYPE:-} =~ ^(|freeze_vision|full|use_lora)$ ]] || refuse "TRAIN_TYPE $TRAIN_TYPE: see run.sh help"
+  [[ ${TRAIN_TYPE:-full} =~ ^(freeze_vision|full|use_lora)$ ]] || refuse "TRAIN_TYPE $TRAIN_TYPE: see run.sh help"
   [[ ${BITS:-16} = 16 || $BITS-${TRAIN_TYPE:-} = 4-use_lora ]] || refuse "BITS $BITS: 16, or 4 with TRAIN_TYPE=use_lora"
   [ -z "${PRETRAIN_DATA:-}" ] || [ -n "${PRETRAIN_IMAGES:-}" ] || refuse "PRETRAIN_DATA needs PRETRAIN_IMAGES"
   [[ -z $given || -n ${MODEL:-} || (-n ${VISION_TOWER:-} && -n ${LANGUAGE_MODEL:-}) ]] ||
