@@ -1,7 +1,9 @@
 """A run in two pictures: losses and accuracies over its steps, and some of its answers.
 
-curves(metrics).save("curves.png")                         # the lines of a run's metrics.jsonl
-samples(answers, dataset.records, dataset.pictures).save("samples.png")    # evaluate.py's
+    curves(metrics)                                        # the lines of a run's metrics.jsonl
+    samples(answers, dataset.records, dataset.pictures)    # what evaluate.py gives
+
+Either is an image of Pillow's; `write` puts both into a run's folder.
 """
 
 import math
@@ -166,9 +168,8 @@ def write(out: Path, metrics: list[dict], answers: list[dict], records, pictures
     """Writes curves.png of a run, and samples.png of its newest evaluation; returns the latter."""
     newest = [m for m in metrics if "eval_loss" in m][-1]
     title = f"step {newest['step']:,}: validation loss {newest['eval_loss']:.4f}, "
-    sheets = {"curves.png": curves(metrics)}
-    sheets["samples.png"] = samples(answers, records, pictures, title)
-    for name, sheet in sheets.items():
+    sheet = samples(answers, records, pictures, title)
+    for name, image in (("curves.png", curves(metrics)), ("samples.png", sheet)):
         with cli.written(out / name) as part:
-            sheet.save(part, "PNG")
-    return sheets["samples.png"]
+            image.save(part, "PNG")
+    return sheet
