@@ -8,7 +8,7 @@
           {"from": "gpt",   "value": "oven"}], "answers": ["oven", ..]}
 
 The answer to learn is the commonest of the ten that people gave, of several such the first; all ten
-are kept for the score (evaluate.py). No picture has questions on both sides.
+are kept for the score (vqa.py). No picture has questions on both sides.
 
     python okvqa.py --questions OpenEnded_mscoco_train2014_questions.json \\
         --annotations mscoco_train2014_annotations.json --image_folder coco --out okvqa

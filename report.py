@@ -2,8 +2,8 @@
 
     before step 1    which modules train, the arithmetic of batches and memory
     each step        one line, metrics.jsonl
-    each evaluation  its figures and some answers, the same in metrics.jsonl, predictions.jsonl,
-                     curves.png and samples.png (draw.py)
+    each evaluation  its figures and a few answers; metrics.jsonl, predictions.jsonl with all
+                     answers, curves.png and samples.png (draw.py)
     the end          what was reached, where it lies, what to do with it
 
 The files are in the run's folder, and `--report_to tensorboard` or `wandb` sends the same there.
@@ -359,7 +359,9 @@ def command(script: str, *words) -> str:
     """A call of one of the project's scripts as it can be pasted, in lines of 80 columns."""
     here, found = Path(__file__).resolve().parent, shutil.which("python")
     python = sys.executable
-    if Path(sys.prefix).resolve().is_relative_to(here):  # run.sh's, which is on its own PATH alone
+    if (
+        Path(sys.prefix).is_relative_to(here)
+    ):  # run.sh's, which is on its own PATH alone
         python = os.path.relpath(python)
     elif found and Path(found).parent == Path(python).parent:
         python = "python"

@@ -3,7 +3,8 @@
     accuracy("2 dogs.", ["two dogs"] * 2 + ["dogs"] * 8)        0.6
     normalise("It's on the Table, isnt it?")                    "it's on table isn't it"
 
-Source: github.com/GT-Vision-Lab/VQA, vqaEval.py, to the letter: published scores have its slips in.
+Source: github.com/GT-Vision-Lab/VQA, vqaEval.py, to the letter, with its slips:
+published scores have them too.
 """
 
 import re

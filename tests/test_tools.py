@@ -193,14 +193,20 @@ def test_the_summary_has_the_figures_and_pasteable_commands(recipe, tmp_path, mo
     assert max(map(len, said.splitlines())) <= 80 + len(os.path.relpath(HERE))
 
 
-def test_commands_name_the_environment_that_run_sh_made(recipe, tmp_path, monkeypatch, capsys):
-    made = tmp_path / "llava" / ".venv"
+@pytest.mark.parametrize("folder", ["llava", "link"])
+def test_commands_name_run_shs_environment(recipe, tmp_path, monkeypatch, capsys, folder):
+    """Also where the folder or its .venv is a link to another place."""
+    for name in ("llava", "elsewhere"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "link").symlink_to("llava")
+    (tmp_path / "llava" / ".venv").symlink_to(tmp_path / "elsewhere")
+    made = tmp_path / folder / ".venv"
     monkeypatch.setattr(sys, "prefix", str(made))
     monkeypatch.setattr(sys, "executable", str(made / "bin/python"))
     monkeypatch.setattr(report, "__file__", str(made.parent / "report.py"))
     monkeypatch.chdir(tmp_path)
     print_summary(recipe[0])
-    assert "\n  llava/.venv/bin/python llava/chat.py" in capsys.readouterr().out
+    assert f"\n  {folder}/.venv/bin/python llava/chat.py" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
