@@ -359,9 +359,7 @@ def command(script: str, *words) -> str:
     """A call of one of the project's scripts as it can be pasted, in lines of 80 columns."""
     here, found = Path(__file__).resolve().parent, shutil.which("python")
     python = sys.executable
-    if (
-        Path(sys.prefix).is_relative_to(here)
-    ):  # run.sh's, which is on its own PATH alone
+    if Path(sys.prefix).parent.resolve().is_relative_to(here):  # run.sh's, on its own PATH alone
         python = os.path.relpath(python)
     elif found and Path(found).parent == Path(python).parent:
         python = "python"
