@@ -58,10 +58,19 @@ def micro_batches(steps: np.ndarray, accumulation: int, world: int, rank: int, s
     return rows.reshape(-1, micro).tolist()
 
 
-def ignore_signals(_):
-    """Who asks a run to stop (timeout, srun) may ask its workers, too: they end with the run."""
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
+class Loader(torch.utils.data.DataLoader):
+    """torch's, but its workers hear no wish to stop, which `timeout` and srun send to them, too:
+    they end with the run.
+    """
+
+    def __iter__(self):
+        # What is blocked as a process is forked is blocked in it, from its first moment on.
+        wishes = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1}
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, wishes)
+        try:
+            return super().__iter__()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)  # here they arrive now
 
 
 @atexit.register
@@ -89,11 +98,11 @@ def loader(dataset, batches: list, collate, workers: int, pin_memory: bool = Fal
         if 2 * workers * len(batches[0]) * largest > shutil.disk_usage("/dev/shm").free:
             workers = 0
             say_once("/dev/shm is too small, so rows have no workers (docker run --shm-size=8g)")
-    options = {"collate_fn": collate, "pin_memory": pin_memory, "worker_init_fn": ignore_signals}
+    options = {"collate_fn": collate, "pin_memory": pin_memory}
     if workers:
         options |= {"num_workers": workers, "multiprocessing_context": "fork"}
     options["generator"] = torch.Generator()  # the default would draw from dropout's
-    return torch.utils.data.DataLoader(dataset, batch_sampler=batches, **options)
+    return Loader(dataset, batch_sampler=batches, **options)
 
 
 def windows(plan, per_epoch, step, accumulation, world, rank, dataset, *options):

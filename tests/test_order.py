@@ -129,6 +129,22 @@ def test_workers_finish_whatever_the_run_is_told():
     assert found == list(range(8))
 
 
+def test_a_worker_hears_no_signal_as_it_starts(monkeypatch):
+    """And the run itself hears again what comes after that."""
+    torchs, heard = torch.utils.data._utils.worker._worker_loop, []
+
+    def loop(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        torchs(*args)
+
+    monkeypatch.setattr(torch.utils.data._utils.worker, "_worker_loop", loop)
+    assert [i for i, _ in load(Rows())] == list(range(8))
+    before = signal.signal(signal.SIGTERM, lambda *_: heard.append("stop"))
+    os.kill(os.getpid(), signal.SIGTERM)
+    signal.signal(signal.SIGTERM, before)
+    assert heard == ["stop"]
+
+
 def test_a_worker_that_dies_ends_the_run_in_one_line():
     parent = os.getpid()
     dies = Rows(lambda i: i == 3 and os.getpid() != parent and os.kill(os.getpid(), signal.SIGKILL))
