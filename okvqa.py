@@ -7,8 +7,8 @@
           {"from": "human", "value": "<image>\\nWhat could block the washer's door?\\nAnswer .."},
           {"from": "gpt",   "value": "oven"}], "answers": ["oven", ..]}
 
-The answer to learn is the commonest of the ten that people gave, of several such the first; all ten
-are kept for the score (vqa.py). No picture has questions on both sides.
+The answer to learn is the commonest of the ten that people gave, of several such the first, and
+never an empty one; all ten are kept for the score (vqa.py). No picture has questions on both sides.
 
     python okvqa.py --questions OpenEnded_mscoco_train2014_questions.json \\
         --annotations mscoco_train2014_annotations.json --image_folder coco --out okvqa
@@ -45,8 +45,8 @@ def question(raw: dict) -> tuple:
 
 
 def annotation(raw: dict) -> tuple:
-    answers = (given["answer"].strip() for given in raw["answers"])
-    return (int(raw["question_id"]), int(raw["image_id"])), [answer for answer in answers if answer]
+    answers = [given["answer"].strip() for given in raw["answers"]]
+    return (int(raw["question_id"]), int(raw["image_id"])), answers
 
 
 def vqa_rows(questions: str, annotations: str, pictures: Pictures) -> list[dict]:
@@ -59,8 +59,9 @@ def vqa_rows(questions: str, annotations: str, pictures: Pictures) -> list[dict]
         raise ValueError(f"{questions}, {annotations}: a question_id stands twice in one of them")
     rows, missing = [], []
     for (key, image), words in asked:
-        answers = given.get((key, image))
-        if not answers:
+        answers = given.get((key, image), [])
+        said = [answer for answer in answers if answer]
+        if not said:
             raise ValueError(
                 f"{annotations}: no answer to question {key} of {questions}, about picture {image}"
             )
@@ -72,7 +73,7 @@ def vqa_rows(questions: str, annotations: str, pictures: Pictures) -> list[dict]
             missing.append(name)
         turns = [
             {"from": "human", "value": f"{IMAGE}\n{words}\n{SHORT_ANSWER}"},
-            {"from": "gpt", "value": max(answers, key=answers.count)},
+            {"from": "gpt", "value": max(said, key=answers.count)},
         ]
         row = {"id": str(key), "image": found or name, "conversations": turns}
         rows.append(row | {"answers": answers})

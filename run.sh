@@ -11,7 +11,7 @@
 
 # A step that is done is not done again, and one that was interrupted goes on where it was. SIGTERM, SIGINT, SIGHUP
 # and SIGUSR1 make the run save and end, with status 3. A SLURM job is queued again that was warned of its time limit
-# or of preemption, or failed after it had saved a checkpoint.
+# or of preemption, or failed after its stage had saved a checkpoint.
 
 # Environment variables (none: the built-in recipe); relative paths start at this folder:
 
@@ -72,11 +72,9 @@ choose_launch() {
   local nodes=${SLURM_NNODES:-1} hosts=${HOSTFILE:-} config=${DEEPSPEED_CONFIG:-} gpus=${NUM_GPUS:-}
   # With too old a driver, GPUs are counted that are not available.
   gpus=${gpus:-$(python -c "import torch; print(torch.cuda.device_count() * torch.cuda.is_available())")}
-  [ "$config" != none ] || [ "$nodes" = 1 ] || refuse "DEEPSPEED_CONFIG=none is one process, not one on each node"
+  [[ $config != none || $nodes$hosts = 1 ]] || refuse "DEEPSPEED_CONFIG=none is one process, not one on each node"
   if [ "$config" != none ] && [[ $gpus -gt 1 || $nodes -gt 1 || -n $hosts ]]; then
     type -P deepspeed > /dev/null || refuse "many processes need deepspeed; one does not: DEEPSPEED_CONFIG=none"
-    [[ -n ${NUM_GPUS:-} || ${CUDA_VISIBLE_DEVICES:-} != *[A-Za-z]* ]] ||
-      refuse "CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES: DeepSpeed's launcher takes numbers (nvidia-smi -L), as 0,1"
     # Two runs on one machine need two ports.
     launch=(deepspeed --log_level critical --master_port "${MASTER_PORT:-$((10000 + ${SLURM_JOB_ID:-RANDOM} % 20000))}")
     if [ "$nodes" -gt 1 ]; then
@@ -85,7 +83,9 @@ choose_launch() {
       scontrol show hostnames "$SLURM_JOB_NODELIST" | sed "s/$/ slots=$((gpus > 0 ? gpus : 1))/" > "$hosts"
       launch+=(--no_ssh --master_addr "$(sed 's/ .*//; q' "$hosts")")
     fi
-    # With --num_gpus the launcher passes over CUDA_VISIBLE_DEVICES.
+    # With --num_gpus or a hostfile the launcher passes over CUDA_VISIBLE_DEVICES.
+    [[ -n ${NUM_GPUS:-}$hosts || ${CUDA_VISIBLE_DEVICES:-} != *[A-Za-z]* ]] ||
+      refuse "CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES: DeepSpeed's launcher takes numbers (nvidia-smi -L), as 0,1"
     launch+=(${NUM_GPUS:+--num_gpus "$NUM_GPUS"} ${hosts:+--hostfile "$hosts"} train.py)
     config=${config:-ds_zero2.json}
   fi
@@ -153,22 +153,23 @@ requeue() {  # of an array's tasks this one alone
 }
 
 how_to_go_on() {  # as the user's shell takes it
-  local name command="bash run.sh" gpus=${SLURM_GPUS_PER_NODE:+--gpus-per-node=$SLURM_GPUS_PER_NODE}
-  [ ${#step[@]} = 0 ] || command="sbatch --nodes=${SLURM_NNODES:-1} $gpus run.sh"
+  local name command="bash run.sh" gpus=${SLURM_GPUS_PER_NODE:+ --gpus-per-node=$SLURM_GPUS_PER_NODE}
+  [ ${#step[@]} = 0 ] || command="sbatch --nodes=${SLURM_NNODES:-1}$gpus run.sh"
   for name in $(usage | sed -n 's/^  \([A-Z_]*\)  .*/\1/p'); do
     [ -z "${!name:-}" ] || command=$(printf "%s=%q %s" "$name" "${!name}" "$command")
   done
   echo "run.sh: stopped; to go on: cd $(printf %q "$PWD") && $command" >&2
 }
 
-# What is wrong with stage 2 would else be noticed after stage 1.
+# What can be seen now of mistakes that would else be noticed after stage 1.
 check_settings() {
   local name more=${PRETRAIN_IMAGES:-}${FINETUNE_IMAGES:-}${VALIDATION_DATA:-}${TRAIN_TYPE:-}${BITS:-}
-  [ -z "$more" ] || [ -n "${PRETRAIN_DATA:-}${FINETUNE_DATA:-}" ] ||
+  [ -z "$more" ] || [ -n "$given" ] ||
     refuse "pictures, VALIDATION_DATA, TRAIN_TYPE and BITS need PRETRAIN_DATA or FINETUNE_DATA"
-  for name in PRETRAIN_DATA FINETUNE_DATA VALIDATION_DATA; do
-    [ -z "${!name:-}" ] || [ -f "${!name}" ] || refuse "$name ${!name}: no such file"
+  for name in {PRETRAIN,FINETUNE}_{DATA,IMAGES} VALIDATION_DATA HOSTFILE; do
+    [[ -z ${!name:-} || -f ${!name} || ($name = *_IMAGES && -d ${!name}) ]] || refuse "$name ${!name}: not there"
   done
+  [[ ${VERSION:-own} =~ ^(own|v1|llava_llama_2|chatml_direct)$ ]] || refuse "VERSION $VERSION: see run.sh help"
   [[ ${TRAIN_TYPE:-full} =~ ^(freeze_vision|full|use_lora)$ ]] || refuse "TRAIN_TYPE $TRAIN_TYPE: see run.sh help"
   [[ ${BITS:-16} = 16 || $BITS-${TRAIN_TYPE:-} = 4-use_lora ]] || refuse "BITS $BITS: 16, or 4 with TRAIN_TYPE=use_lora"
   [ -z "${PRETRAIN_DATA:-}" ] || [ -n "${PRETRAIN_IMAGES:-}" ] || refuse "PRETRAIN_DATA needs PRETRAIN_IMAGES"
@@ -216,7 +217,7 @@ builtin_recipe() {
   stage stage2 stage1/final train --train_type full --per_device_train_batch_size 4 --learning_rate 2e-3 \
     --mm_vision_tower_lr 5e-4 --group_by_modality_length
   for rows in train_validation train_shuffled; do
-    [ -z "$caught" ] || exit 3
+    [ -z "$caught" ] || { how_to_go_on; exit 3; }
     [ -d "$OUT/$rows" ] || python evaluate.py --model_name_or_path "$OUT/stage2/final" \
       --validation_data_path "$toy/$rows.json" --image_folder "$toy/images" --max_new_tokens 24 \
       --output_dir "$OUT/$rows" > /dev/null

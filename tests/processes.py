@@ -317,7 +317,8 @@ STANDINS = {
 
 
 ROWS = str(HERE / "ds_zero2.json")  # a file that is there: the stand-ins do not read it
-STAGES = {"MODEL": "llava", "FINETUNE_DATA": ROWS, "FINETUNE_IMAGES": "images"}
+PICTURES = str(HERE / "assets")
+STAGES = {"MODEL": "llava", "FINETUNE_DATA": ROWS, "FINETUNE_IMAGES": PICTURES}
 
 
 def launched(words):

@@ -16,14 +16,15 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from processes import ROWS, STAGES, STANDINS, free_port, launched, losses_of, run, weights_of
+from processes import PICTURES, ROWS, STAGES, STANDINS, free_port, launched, losses_of, run, weights_of
 from tiny import HERE
 
 import checkpoint
+import data
 import train
 
 SLURM = {"SLURM_JOB_ID": "123456", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_CPUS_PER_TASK": "8"}
-STAGE_1 = {"PRETRAIN_DATA": ROWS, "PRETRAIN_IMAGES": "images"}
+STAGE_1 = {"PRETRAIN_DATA": ROWS, "PRETRAIN_IMAGES": PICTURES}
 
 
 # --- what is started ---
@@ -40,7 +41,7 @@ STAGE_1 = {"PRETRAIN_DATA": ROWS, "PRETRAIN_IMAGES": "images"}
         ({"GPUS": "8", "NUM_GPUS": "2"}, 2, "ds_zero2.json"),
         ({"GPUS": "8", "DEEPSPEED_CONFIG": "none"}, None, None),
         ({"NUM_GPUS": "2"}, 2, "ds_zero2.json"),
-        ({"HOSTFILE": "hosts"}, -1, "ds_zero2.json"),
+        ({"HOSTFILE": ROWS}, -1, "ds_zero2.json"),
         ({"GPUS": "4", "SLURM_NNODES": "1"} | SLURM, -1, "ds_zero2.json"),
         ({"GPUS": "1", "SLURM_NNODES": "1"} | SLURM, None, None),
     ],
@@ -255,7 +256,12 @@ def test_what_cannot_work_is_refused_in_one_line(shell, tmp_path):
         ("BITS 9", None, STAGES | {"BITS": "9", "TRAIN_TYPE": "use_lora"}),
         ("BITS 4", None, STAGES | {"BITS": "4"}),
         ("TRAIN_TYPE x", None, STAGES | {"TRAIN_TYPE": "x"}),
+        ("VERSION v2", None, STAGES | {"VERSION": "v2"}),
         ("PRETRAIN_DATA a.json", None, STAGES | STAGE_1 | {"PRETRAIN_DATA": "a.json"}),
+        ("FINETUNE_DATA tests", None, STAGES | {"FINETUNE_DATA": "tests"}),
+        ("FINETUNE_IMAGES a.zip", None, STAGES | STAGE_1 | {"FINETUNE_IMAGES": "a.zip"}),
+        ("HOSTFILE hosts", None, STAGES | {"HOSTFILE": "hosts"}),
+        ("each node", None, STAGES | {"HOSTFILE": ROWS, "DEEPSPEED_CONFIG": "none"}),
         ("PRETRAIN_IMAGES", None, STAGES | {"PRETRAIN_DATA": ROWS}),
         ("LANGUAGE_MODEL", None, STAGE_1 | {"VISION_TOWER": "clip"}),
         ("each node", None, STAGES | SLURM | {"SLURM_NNODES": "2", "DEEPSPEED_CONFIG": "none"}),
@@ -267,6 +273,25 @@ def test_what_cannot_work_is_refused_in_one_line(shell, tmp_path):
         errors = (tmp_path / "errors").read_text()
         assert errors.startswith("run.sh: ") and errors.count("\n") == 1 and words in errors
     assert not calls("deepspeed")
+
+
+def test_run_sh_takes_the_templates_and_train_types_of_train_py():
+    text = (HERE / "run.sh").read_text()
+    versions, types = (
+        re.search(rf"{name}:-\w+}} =~ \^\((.*)\)\$", text)[1].split("|")
+        for name in ("VERSION", "TRAIN_TYPE")
+    )
+    assert {*versions, "plain"} == set(data.VERSIONS)
+    assert {*types, "projector"} == set(train.TRAIN_TYPES)
+
+
+def test_a_model_is_built_alone_with_all_else_exported(shell, tmp_path):
+    """On a login node, whose compute nodes have no internet."""
+    start, calls = shell
+    parts = {"VISION_TOWER": "clip", "LANGUAGE_MODEL": "qwen", "TRAIN_TYPE": "full"}
+    given = STAGES | STAGE_1 | parts | {"MODEL": "", "PRETRAIN_DATA": "", "FINETUNE_DATA": ""}
+    assert start(**given).wait() == 0
+    assert [words[0] for words in calls("python") if words[0].endswith(".py")] == ["build.py"]
 
 
 def test_another_tower_or_a_missing_variable_is_refused(shell, tmp_path):
