@@ -412,7 +412,7 @@ def parse(argv):
     add, mixes = parser.add_argument, ["caption", "instruction"]
     add("--shape", choices=list(SHAPES), default="tiny", help="which model")
     add("--cases", nargs="+", choices=list(CASES), default=list(CASES), help="what it does")
-    peers = "fp32_folder: fp32 weights, autocast; none: ours alone"
+    peers = "fp32_folder: fp32 weights, autocast; no name: ours alone"
     add("--peers", nargs="*", choices=PEERS, default=PEERS[:1], help=peers)
     add("--mix", nargs="+", default=mixes, help="rows: caption, instruction, or a number of tokens")
     add("--micro_batch", nargs="+", type=int, default=[4], help="rows of a step; of generate, too")

@@ -119,12 +119,14 @@ def plural(number: int, noun: str) -> str:
 def check_rows(check: Check) -> tuple[np.ndarray, Counter, dict]:
     """The figures of all rows, how often each id stands, and {kind: [first faults, rows]}."""
     ids, figures, kinds = Counter(), [], {}
+    # Forked, as the rows are read once. One for a few rows would cost more than it saves.
+    workers = min(cores(), len(check) // 64) if hasattr(os, "sched_getaffinity") else 0
     batches = torch.utils.data.DataLoader(
         check,
         batch_size=64,
         collate_fn=list,
-        # Forked, as the rows are read once. One for a few rows would cost more than it saves.
-        num_workers=min(cores(), len(check) // 64) if hasattr(os, "sched_getaffinity") else 0,
+        num_workers=workers,
+        multiprocessing_context="fork" if workers else None,
     )
     found = (item for batch in batches for item in batch)
     bar = tqdm(found, total=len(check), unit=" rows", dynamic_ncols=True, disable=None)

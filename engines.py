@@ -9,7 +9,8 @@ The loop has no `if deepspeed` in it. Plain is for one process, ZeRO for one or 
     engine.sum(*numbers)            each number, added up over all processes
     engine.gather(items)            the lists of all processes, as one
     engine.get, put, refresh        what a checkpoint saves and puts back: see checkpoint.py
-    engine.state()                  {name: whole fp32 tensor} of what trains, on rank 0
+    engine.state(frozen)            {name: whole fp32 tensor} of what trains, on rank 0; with
+                                    frozen=True also of what stage 3 has partitioned
 
 Both keep, for each bf16 weight that trains, an fp32 sum of gradients and an fp32 master copy, which
 AdamW updates: most steps are smaller than bf16 can add to a weight. ZeRO (arXiv:1910.02054)

@@ -8,7 +8,7 @@ learns it as B A: r (in + out) numbers instead of in * out. After training, W + 
 ordinary W again (merge.py). QLoRA is the same over a frozen base in 4 bits (nf4): half a byte for
 each weight, and gradients pass through it on their way to adapters in full precision.
 
-    base = fingerprint(dict(model.named_parameters()))
+    base = fingerprint(dict(model.named_parameters()))  # as on disk: before `quantize`
     inject(model, r".*\.(q|v)_proj", r=16, alpha=32)    # all else is frozen
     ...                                                 # train: any loop, any optimizer
     save(model, "adapter", base)                        # PEFT loads it, as `load` loads PEFT's
@@ -70,14 +70,14 @@ def is_linear(module):
 
 
 def find_linears(model, pattern):
-    """{path: layer} of the linear layers whose whole path matches a regular expression."""
+    """{path: layer} of the linear layers with own weights whose whole path matches `pattern`."""
     try:
         matches = re.compile(pattern).fullmatch
     except re.error as error:
         raise ValueError(f"{pattern!r} is not a regular expression: {error}") from None
     own = dict(model.named_parameters())  # without a head's that is tied to the embeddings
-    linears = {name: module for name, module in model.named_modules() if is_linear(module)}
-    found = {name: m for name, m in linears.items() if matches(name) and f"{name}.weight" in own}
+    linears = {n: m for n, m in model.named_modules() if is_linear(m) and f"{n}.weight" in own}
+    found = {name: module for name, module in linears.items() if matches(name)}
     if not found:
         example = next(reversed(linears), "none")
         raise ValueError(f"{pattern!r} matches no linear layer's whole path (one is {example})")

@@ -8,7 +8,7 @@ them. It can be merged into either:
     as it is        W' = W + scale * B A        what nf4 rounded away comes back, not trained with
     --dequantize    W' = nf4(W) + scale * B A   what was trained, rounded once to the dtype of W
 
-The distance that is printed is |W' - T| / |T|, with W' (out, in) as written and T as trained.
+The relative error that is printed is |W' - T| / |T|: W' (out, in) as written, T as trained.
 """
 
 import shutil
@@ -105,7 +105,7 @@ def report(distances, args):
     as_it_is = summary([choices[0] for choices in distances.values()])
     dequantized = summary([choices[-1] for choices in distances.values()])
     distance = dequantized if args.dequantize else as_it_is
-    print(f"{args.out}: {len(distances)} layers merged; |W' - T| / |T|: {distance}")
+    print(f"{args.out}: {len(distances)} layers merged; relative error of a weight: {distance}")
     if any(len(choices) > 1 for choices in distances.values()):
         print(f"  without --dequantize: onto the weights as they are on disk: {as_it_is}")
         print(f"  with --dequantize: onto what 4 bits made of them, as trained: {dequantized}")

@@ -23,7 +23,7 @@ import torch
 
 
 def plan_epoch(records, global_batch: int, seed: int, epoch: int, by_modality: bool):
-    """Each optimizer step's rows, the longest first: (steps, global_batch) int64; -1 fills the last.
+    """The rows of each optimizer step, its longest first: (steps, global_batch) int64; -1 fills up.
 
     records has `lengths` and `has_picture` of all rows. With `by_modality` a step has rows of one
     kind (with pictures, or without), of similar length. The step with the longest row is the first

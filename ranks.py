@@ -65,7 +65,7 @@ def leave():
 
 def after_rank_0(text: str) -> str:
     """What a rank that fails says. Rank 0 says it at once; another waits, and where all have the same
-    fault, the `end` of rank 0 has killed it by then.
+    fault, the `end` of rank 0 has killed it by then, on rank 0's machine.
     """
     rank = os.environ.get("RANK", "0")
     if rank == "0":

@@ -366,7 +366,7 @@ def print_summary(out: Path):
     """
     out = Path(os.path.relpath(out))
     answers = report.read_lines(out / "train_validation" / "predictions.jsonl")
-    if not answers:
+    if not (out / "train_shuffled").is_dir():  # the last step's
         raise ValueError(f"{out}: the recipe was not run there to its end")
     print_stages(out)
     print_answers(out, answers)

@@ -342,6 +342,10 @@ def test_a_target_that_adapts_nothing_is_refused():
         lora.inject(model, "*q_proj", r=4, alpha=8)
     with pytest.raises(ValueError, match="matches no linear layer"):  # its weight is only read
         lora.inject(nn.MultiheadAttention(8, 2), "out_proj", r=4, alpha=8)
+    tied = nn.ModuleDict({"a": nn.Embedding(8, 4), "b": nn.Linear(4, 4), "c": nn.Linear(4, 8)})
+    tied["c"].weight = tied["a"].weight
+    with pytest.raises(ValueError, match="one is b"):  # which can be had
+        lora.inject(tied, "c", r=4, alpha=8)
     assert all(p.requires_grad for p in model.parameters())
 
 

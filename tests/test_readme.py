@@ -17,7 +17,17 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from processes import LORA, ROWS, STAGES, changed, in_this_process, launched, run, weights_of
+from processes import (
+    LORA,
+    PICTURES,
+    ROWS,
+    STAGES,
+    changed,
+    in_this_process,
+    launched,
+    run,
+    weights_of,
+)
 from safetensors.torch import load_file
 from tiny import (
     ASKED,
@@ -300,7 +310,8 @@ def test_every_run_sh_line_starts_what_it_says(shell, tmp_path):
     assert len(lines) >= 7
     for line in lines:
         (tmp_path / "calls").unlink(missing_ok=True)
-        command = re.sub(r"_DATA=\S+", f"_DATA={ROWS}", line.split("   ")[0])  # then words about it
+        command = re.sub(r"(_DATA|HOSTFILE)=\S+", rf"\1={ROWS}", line.split("   ")[0])  # then words
+        command = re.sub(r"_IMAGES=\S+", f"_IMAGES={PICTURES}", command)
         many = "sbatch" in command or "HOSTFILE" in command
         (tmp_path / "line.sh").write_text(f"cd {HERE}\n{command}")
         assert start(tmp_path / "line.sh", **STAGES if many else {}).wait() == 0, command

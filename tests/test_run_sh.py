@@ -16,7 +16,17 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from processes import PICTURES, ROWS, STAGES, STANDINS, free_port, launched, losses_of, run, weights_of
+from processes import (
+    PICTURES,
+    ROWS,
+    STAGES,
+    STANDINS,
+    free_port,
+    launched,
+    losses_of,
+    run,
+    weights_of,
+)
 from tiny import HERE
 
 import checkpoint

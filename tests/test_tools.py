@@ -326,7 +326,8 @@ VQA_FAULTS = {
         d / "train2014_annotations.json", "[]"
     ),
     "no answer to question 25003 of .*train2014_questions.json": lambda d: change_json(
-        d / "train2014_annotations.json", lambda c: c["annotations"][16].update(answers=[{"answer": " "}])
+        d / "train2014_annotations.json",
+        lambda c: c["annotations"][16].update(answers=[{"answer": " "}]),
     ),
     "no answer to question 25019": lambda d: change_json(
         d / "train2014_annotations.json", lambda c: c["annotations"].pop(0)

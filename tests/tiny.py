@@ -298,7 +298,9 @@ ASKED = [  # 20 questions about 10 pictures
         25_000 + n,
         n % 10,
         f"Was ist {n} 🐸 <s>?",
-        ["", "x", "frog", f"{n}", "été", "été", "frog"] + ["été"] * (n % 2) + ["x", ""] * (n % 3 == 0),
+        ["", "x", "frog", f"{n}", "été", "été", "frog"]
+        + ["été"] * (n % 2)
+        + ["x", ""] * (n % 3 == 0),
     )
     for n in range(20)
 ]
