@@ -25,7 +25,6 @@ backward pass, the logits that a language model returned hold their gradient.
 """
 
 import ctypes
-import itertools
 import math
 import types
 
@@ -257,32 +256,40 @@ class CPUAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        """For 128 queries at a time, whose weights are computed again.
+        rows = max(1, 48 // grad.shape[1])  # 48 heads: fewer leave cores idle, more their caches
+        parts = zip(*(x.split(rows) for x in (*ctx.saved_tensors, grad)))
+        parts = [attention_gradients(*part, ctx.scale, ctx.causal) for part in parts]
+        return *map(torch.cat, zip(*parts)), None, None
 
-        Scores can be in the hundreds, where bf16 rounds to whole numbers. Less the logarithm of the
-        sum of their exponentials they are near zero where they count, and softmax is the same.
-        """
-        q, k, v, log_sum = ctx.saved_tensors
-        rows, heads, length, channels = q.shape
-        dtype, groups = at_least_fp32(grad.dtype), (k.shape[1], -1)
-        dq, dk, dv = torch.empty_like(q), *(torch.zeros_like(x, dtype=dtype) for x in (k, v))
-        for row, start in itertools.product(range(rows), range(0, length, 128)):
-            here = slice(start, min(start + 128, length))
-            seen = slice(here.stop if ctx.causal else length)
-            qi, gi, less = (
-                x[row, :, here].unflatten(0, groups).flatten(1, 2)
-                for x in (q, grad, log_sum[..., None])
-            )  # (K, H / K * queries, C or 1)
-            ki, vi = k[row, :, seen], v[row, :, seen]  # (K, keys, C)
-            scores = torch.baddbmm(less, qi, ki.mT, beta=-1, alpha=ctx.scale)
-            if ctx.causal:
-                mask_later(scores, start, here.stop - start)
-            weights = scores.softmax(-1)
-            dv[row, :, seen] += weights.mT @ gi
-            gi = torch.ops.aten._softmax_backward_data(gi @ vi.mT, weights, -1, weights.dtype)
-            dq[row, :, here] = (gi @ ki).view(heads, -1, channels)
-            dk[row, :, seen] += gi.mT @ qi
-        return dq.mul_(ctx.scale), dk.mul_(ctx.scale).to(k.dtype), dv.to(v.dtype), None, None
+
+def attention_gradients(q, k, v, log_sum, grad, scale, causal):
+    """dq, dk and dv of a few rows, for 128 queries at a time, whose weights are computed again.
+
+    Scores can be in the hundreds, where bf16 rounds to whole numbers. Less the logarithm of the sum
+    of their exponentials they are near zero where they count, and softmax is the same.
+    """
+    length, dtype = q.shape[2], at_least_fp32(grad.dtype)
+    # Rows and heads of keys as one: (N, H / K, T, C or 1), (N, T, C)
+    groups = q.shape[0] * k.shape[1], q.shape[1] // k.shape[1]
+    qs, grads, less = (x.reshape(*groups, length, -1) for x in (q, grad, log_sum))
+    ks, vs = (x.reshape(groups[0], length, -1) for x in (k, v))
+    dq, dk, dv = torch.empty_like(qs), *(torch.zeros_like(x, dtype=dtype) for x in (ks, vs))
+    for start in range(0, length, 128):
+        here = slice(start, min(start + 128, length))
+        seen = slice(here.stop if causal else length)
+        # (N, H / K * queries, C or 1), (N, keys, C)
+        qi, gi, less_i = (x[:, :, here].flatten(1, 2) for x in (qs, grads, less))
+        ki, vi = ks[:, seen], vs[:, seen]
+        scores = torch.baddbmm(less_i, qi, ki.mT, beta=-1, alpha=scale)
+        if causal:
+            mask_later(scores, start, here.stop - start)
+        weights = scores.softmax(-1)
+        dv[:, seen] += weights.mT @ gi
+        gi = torch.ops.aten._softmax_backward_data(gi @ vi.mT, weights, -1, weights.dtype)
+        dq[:, :, here] = (gi @ ki).view_as(dq[:, :, here])
+        dk[:, seen] += gi.mT @ qi
+    gradients = dq.mul_(scale), dk.mul_(scale), dv
+    return [x.to(y.dtype).view(y.shape) for x, y in zip(gradients, (q, k, v))]
 
 
 def mask_later(scores, start, queries):
