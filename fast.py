@@ -256,28 +256,30 @@ class CPUAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        rows = max(1, 48 // grad.shape[1])  # 48 heads: fewer leave cores idle, more their caches
+        rows = max(1, 48 // grad.shape[1])  # many heads at once keep cores busy; more take memory
         parts = zip(*(x.split(rows) for x in (*ctx.saved_tensors, grad)))
         parts = [attention_gradients(*part, ctx.scale, ctx.causal) for part in parts]
         return *map(torch.cat, zip(*parts)), None, None
 
 
 def attention_gradients(q, k, v, log_sum, grad, scale, causal):
-    """dq, dk and dv of a few rows, for 128 queries at a time, whose weights are computed again.
+    """dq, dk and dv of a few rows, whose weights are computed again: those of 128 queries at a time
+    where later keys are skipped, or else all at once.
 
     Scores can be in the hundreds, where bf16 rounds to whole numbers. Less the logarithm of the sum
     of their exponentials they are near zero where they count, and softmax is the same.
     """
     length, dtype = q.shape[2], at_least_fp32(grad.dtype)
-    # Rows and heads of keys as one: (N, H / K, T, C or 1), (N, T, C)
+    # Rows and heads of keys as one, N = B * K: (N, H / K, T, C or 1) and (N, T, C)
     groups = q.shape[0] * k.shape[1], q.shape[1] // k.shape[1]
     qs, grads, less = (x.reshape(*groups, length, -1) for x in (q, grad, log_sum))
     ks, vs = (x.reshape(groups[0], length, -1) for x in (k, v))
     dq, dk, dv = torch.empty_like(qs), *(torch.zeros_like(x, dtype=dtype) for x in (ks, vs))
-    for start in range(0, length, 128):
-        here = slice(start, min(start + 128, length))
+    queries = 128 if causal else length
+    for start in range(0, length, queries):
+        here = slice(start, min(start + queries, length))
         seen = slice(here.stop if causal else length)
-        # (N, H / K * queries, C or 1), (N, keys, C)
+        # (N, H / K * queries, C or 1) and (N, keys, C)
         qi, gi, less_i = (x[:, :, here].flatten(1, 2) for x in (qs, grads, less))
         ki, vi = ks[:, seen], vs[:, seen]
         scores = torch.baddbmm(less_i, qi, ki.mT, beta=-1, alpha=scale)
