@@ -11,7 +11,7 @@
                      peak 7.01 > 6.55 GiB                     bench.py, full
     SwiGLU           8 > 6 bytes kept a number of the         what autograd saves;
                      MLP's width; peak 6.75 > 6.55 GiB        bench.py, full
-    attention        67 > 53 ms a layer in training           4 x 784 tokens, 9 heads of 64
+    attention        70 > 57 ms a layer in training           4 x 784 tokens, 9 heads of 64, AMX
                      9.2 > 8.8 s for 16 prompts and answers   bench.py, generate
     freed memory     a step is 5 % shorter                    bench.py, full
 
