@@ -117,7 +117,7 @@ def plural(number: int, noun: str) -> str:
 
 
 def check_rows(check: Check) -> tuple[np.ndarray, Counter, dict]:
-    """The figures of all rows, how often each id stands, and {kind: [first faults, rows]}."""
+    """The figures of all rows, how often each id stands, and {kind: {says: a fault, rows}}."""
     ids, figures, kinds = Counter(), [], {}
     # Forked, as the rows are read once. One for a few rows would cost more than it saves.
     workers = min(cores(), len(check) // 64) if hasattr(os, "sched_getaffinity") else 0

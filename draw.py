@@ -17,7 +17,7 @@ import data
 
 # Right and wrong, and the lines of the curves, differ in more than their colour.
 INK, GREY, MAT, GOOD, BAD, BLUE = "#1a1a1a", "#606060", "#c4c8cc", "#00795c", "#c44601", "#0b62a4"
-LOSSES = {  # a line's name, its colour, the corners of its marks
+LOSSES = {  # a line's name, its colour, the corners of its marks (0: no marks)
     "loss": ("training", BLUE, 0),
     "eval_loss": ("validation", BAD, 24),
 }
@@ -63,7 +63,7 @@ def wrap(text: str, font, width: int, most: int) -> list[str]:
 
 
 def is_right(answer: dict) -> bool:
-    """Whether it equals the row's, or at least some of the people who were asked."""
+    """Whether it is the row's answer or, if people were asked, one of theirs."""
     return answer.get("vqa_accuracy", answer["right"]) > 0
 
 
@@ -106,7 +106,7 @@ def draw_card(sheet, x: int, y: int, answer: dict, records, pictures) -> int:
 
 
 def curves(metrics: list[dict]) -> Image.Image:
-    """Losses, on a log scale, and accuracies over steps; an upright line where the loss is best."""
+    """Losses, on a log scale, and accuracies over steps; a vertical line where the loss is best."""
     sheet = Image.new("RGB", (1760, 620), "white")
     values = [m[key] for m in metrics for key in LOSSES if key in m]
     low = max(n for n in LADDER if n <= max(min(values), LADDER[0]))
@@ -141,7 +141,7 @@ def draw_panel(sheet, left: int, title: str, metrics: list[dict], lines: dict, t
     if losses := [(m["eval_loss"], m["step"]) for m in metrics if "eval_loss" in m]:
         best = min(losses)[1]
         pen.line([at(best, value) for value in ticks], GREY, 2)
-        label = f"best loss at step {best:,} (upright line)"
+        label = f"best loss at step {best:,} (vertical line)"
         pen.text((left + 740, 20), label, GREY, font, "ra")
     x = left
     for key, line in lines.items():

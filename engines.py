@@ -50,7 +50,7 @@ def make_moments(adamw, weights):
 
 
 class OneProcess:
-    """What an evaluation asks of an engine; of one process, whose numbers are all there are."""
+    """The part of an engine that an evaluation uses, for one process: nothing is to be added."""
 
     rank, world, stage = 0, 1, 0  # ZeRO's stage
 

@@ -18,7 +18,7 @@ kind figures of its own; `answers`, ten people's to its only question, gives vqa
     model = open_model(folder)
     text = data.ChatText(llava.open_tokenizer(folder))
     config = llava.read_config(folder)
-    dataset = data.open_dataset(rows, images, folder, config, text, on_bad_record="skip")
+    dataset = data.open_dataset("rows.json", "images", folder, config, text, on_bad_record="skip")
     collate = data.Collator(model.config.image_token_id, model.tokens_per_picture)
     options = dict(eval_samples=-1, max_new_tokens=64, workers=0, on_bad_record="stop")
     metrics, answers = evaluate(
@@ -64,8 +64,8 @@ def open_model(
     return model
 
 
-def use_or_stop(faults: list[str], on_bad_record: str):
-    """Raises ValueError for a row that could not be used, or says that it is skipped."""
+def stop_or_skip(faults: list[str], on_bad_record: str):
+    """Raises ValueError for the first fault, or says that its row is skipped."""
     for fault in faults:
         if on_bad_record == "stop":
             advice = "`python check.py`, with the same --version, lists such rows, "
@@ -75,8 +75,8 @@ def use_or_stop(faults: list[str], on_bad_record: str):
 
 
 def open_rows(args, path: str | None, source: Path, text) -> data.LlavaDataset | None:
-    """The rows of a file, by the flags that train.py has too. What is bad in the text of a row is
-    found here; a fault of a picture, when it is read.
+    """The rows of a file, by the flags that train.py has too. Faults in the text of a row are
+    found here; of the pictures only row 0's are tried, as a folder may be the wrong one.
     """
     if path is None:
         return None
@@ -90,7 +90,7 @@ def open_rows(args, path: str | None, source: Path, text) -> data.LlavaDataset |
     bad = rows.records.bad_rows
     fault = rows[bad[0] if bad else 0]["fault"]
     if fault and args.on_bad_record == "stop":
-        use_or_stop([fault], "stop")
+        stop_or_skip([fault], "stop")
     if len(bad) == len(rows):
         raise ValueError(f"{path}: none of its rows can be used, such as: {fault}")
     if bad:
@@ -317,8 +317,8 @@ def evaluate(
     over all rows, and greedy answers to the questions of the first `eval_samples` (-1: of all);
     the same on any number of processes. `step` is the one that the model is at.
 
-    The dataset's own on_bad_record is "skip". Raises ValueError for the first bad row where this
-    one is "stop", and where no row can be used or the loss is not finite.
+    Open the dataset with on_bad_record="skip". Raises ValueError for the first bad row where the
+    argument here is "stop", and where no row can be used or the loss is not finite.
     """
     model.eval()
     dataset, rows = copy.copy(dataset), len(dataset) if eval_samples < 0 else eval_samples
@@ -327,7 +327,7 @@ def evaluate(
     batches, sums = plan(dataset, batch_size, engine), np.zeros(3)  # loss, right, tokens
     with advice_where_memory_ends(batch_size):
         for batch in order.loader(dataset, batches, collate, workers, device == "cuda"):
-            use_or_stop(batch["faults"], on_bad_record)
+            stop_or_skip(batch["faults"], on_bad_record)
             features, labels = look(model, dataset, batch, device), batch["labels"].to(device)
             loss, right = model(batch["input_ids"].to(device), torch.cat(features), labels)
             sums += loss.item(), right.item(), (labels >= 0).sum().item()

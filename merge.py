@@ -1,11 +1,11 @@
-"""An adapter into its base: W + scale * B A for each W that has one, a folder without LoRA.
+"""Merges an adapter into its base: W + scale * B A for each W that has one, without LoRA after.
 
     python merge.py --model_name_or_path DIR --adapter DIR --out DIR [--dequantize] [--verbose]
 
 An adapter that was trained over 4 bits (QLoRA) never saw the weights on disk, but what nf4 made of
 them. It can be merged into either:
 
-    as it is        W' = W + scale * B A        what nf4 rounded away comes back, not trained with
+    as it is        W' = W + scale * B A        brings back what nf4 had rounded away in training
     --dequantize    W' = nf4(W) + scale * B A   what was trained, rounded once to the dtype of W
 
 The relative error that is printed is |W' - T| / |T|: W' (out, in) as written, T as trained.
@@ -105,7 +105,7 @@ def report(distances, args):
     as_it_is = summary([choices[0] for choices in distances.values()])
     dequantized = summary([choices[-1] for choices in distances.values()])
     distance = dequantized if args.dequantize else as_it_is
-    print(f"{args.out}: {len(distances)} layers merged; relative error of a weight: {distance}")
+    print(f"{args.out}: {len(distances)} layers; relative error of a weight: {distance}")
     if any(len(choices) > 1 for choices in distances.values()):
         print(f"  without --dequantize: onto the weights as they are on disk: {as_it_is}")
         print(f"  with --dequantize: onto what 4 bits made of them, as trained: {dequantized}")

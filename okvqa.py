@@ -1,4 +1,4 @@
-"""OK-VQA's and VQAv2's raw files to LLaVA's rows, those to validate with apart from the others.
+"""Turns OK-VQA's and VQAv2's raw files into LLaVA's rows, to train on and to validate with.
 
     {"question_id": 51606, "image_id": 51606, "question": "What could block the washer's door?"}
     {"question_id": 51606, "image_id": 51606, "answers": [{"answer": "oven"}, ... ten of them]}
@@ -8,7 +8,8 @@
           {"from": "gpt",   "value": "oven"}], "answers": ["oven", ..]}
 
 The answer to learn is the commonest of the ten that people gave, of several such the first, and
-never an empty one; all ten are kept for the score (vqa.py). No picture has questions on both sides.
+never an empty one; all ten are kept for the score (vqa.py). No picture is in both train.json
+and validation.json.
 
     python okvqa.py --questions OpenEnded_mscoco_train2014_questions.json \\
         --annotations mscoco_train2014_annotations.json --image_folder coco --out okvqa
@@ -87,7 +88,7 @@ def vqa_rows(questions: str, annotations: str, pictures: Pictures) -> list[dict]
 
 
 def hold_out(rows: list[dict], share: float, seed: int) -> tuple[list, list]:
-    """Rows to train on, and, about a share of the pictures, rows to validate with."""
+    """Rows to train on, and those about a `share` of the pictures, to validate with."""
     names = sorted({row["image"] for row in rows})
     random.Random(seed).shuffle(names)
     held_out = set(names[: round(len(names) * share)])
@@ -98,7 +99,7 @@ def hold_out(rows: list[dict], share: float, seed: int) -> tuple[list, list]:
 def parse(argv):
     parser = Parser(description=__doc__.splitlines()[0])
     add, files = parser.add_argument, {"required": True, "nargs": "+", "metavar": "F"}
-    add("--questions", **files, help="raw .json to train on, and another one to validate with")
+    add("--questions", **files, help="raw .json to train on; a second one, if given, validates")
     add("--annotations", **files, help="the raw answers to each of them")
     add("--image_folder", required=True, help="COCO's pictures, a folder or .zip")
     add("--out", required=True, help="folder to write")

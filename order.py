@@ -23,7 +23,7 @@ import torch
 
 
 def plan_epoch(records, global_batch: int, seed: int, epoch: int, by_modality: bool):
-    """The rows of each optimizer step, its longest first: (steps, global_batch) int64; -1 fills up.
+    """The rows of each optimizer step, longest first: (steps, global_batch) int64, padded with -1.
 
     records has `lengths` and `has_picture` of all rows. With `by_modality` a step has rows of one
     kind (with pictures, or without), of similar length. The step with the longest row is the first
@@ -59,14 +59,14 @@ def micro_batches(steps: np.ndarray, accumulation: int, world: int, rank: int, s
 
 
 class Loader(torch.utils.data.DataLoader):
-    """torch's, but its workers hear no wish to stop, which `timeout` and srun send to them, too:
-    they end with the run.
+    """torch's, but its workers block the signals to stop, which `timeout` and srun send to them,
+    too: they end with the run.
     """
 
     def __iter__(self):
         # What is blocked as a process is forked is blocked in it, from its first moment on.
-        wishes = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1}
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, wishes)
+        stops = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1}
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, stops)
         try:
             return super().__iter__()
         finally:

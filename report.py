@@ -6,11 +6,11 @@
                      answers, curves.png and samples.png (draw.py)
     the end          what was reached, where it lies, what to do with it
 
-The files are in the run's folder, and `--report_to tensorboard` or `wandb` sends the same there.
+The files are in the run's folder, and `--report_to tensorboard` or `wandb` gets the same.
 
     python report.py OUTPUT_DIR           draws curves.png and samples.png again
 
-    log = Log(out, run_id, step, flags)   # of a run that begins, or goes on behind `step`
+    log = Log(out, run_id, step, flags)   # of a run that begins, or goes on after `step`
     log.step({"step": 1, "loss": 2.5, ..})
     log.evaluation({"step": 1, "eval_loss": 2.4, ..}, answers, dataset.records, dataset.pictures)
 """
@@ -88,7 +88,7 @@ ON_HOST["all"] = ["weights", *ON_HOST["optimizer"]]
 
 
 def show_memory(sizes: dict, offload: str = "none"):
-    """Prints it, and on a GPU whether it has room for that, without any activations."""
+    """Prints `sizes`, and on a GPU whether they exceed its memory, without any activations."""
     away = ON_HOST[offload]
     shown = ", ".join(f"{what} {size / 2**20:,.1f} MiB" for what, size in sizes.items())
     print(f"memory: {shown}" + (f"; on the host: {', '.join(away)}" if away else ""), flush=True)
@@ -319,7 +319,7 @@ def append(path: Path, *rows: dict):
 
 
 class Log:
-    """The log of a run in `out`; one that goes on behind `step` takes back the lines after it."""
+    """The log of a run in `out`; one that goes on after `step` drops the lines after it."""
 
     def __init__(self, out: Path, run_id: str, step: int, flags: dict):
         self.out, self.report_to = out, flags["report_to"]

@@ -10,18 +10,18 @@
 #   sbatch run.sh        under SLURM (cluster.md); sbatch's own flags, as --nodes=2, win over the lines above
 
 # A step that is done is not done again, and one that was interrupted goes on where it was. SIGTERM, SIGINT, SIGHUP
-# and SIGUSR1 make the run save and end, with status 3. A SLURM job is queued again that was warned of its time limit
-# or of preemption, or failed after its stage had saved a checkpoint.
+# and SIGUSR1 make the run save and end, with status 3. A SLURM job that was warned of its time limit or of preemption,
+# or failed after its stage had saved a checkpoint, is queued again.
 
-# Environment variables (none: the built-in recipe); relative paths start at this folder:
+# Environment variables (all unset: the built-in recipe); relative paths start at this folder:
 
 #   VISION_TOWER       CLIP's folder or hub id, as openai/clip-vit-large-patch14-336
 #   LANGUAGE_MODEL     the language model's folder or hub id, as Qwen/Qwen1.5-4B-Chat
 #   MODEL              instead of both: a LLaVA folder or hub id to start from
 #   VERSION            chat template: own (default), v1, llava_llama_2, chatml_direct
-#   PRETRAIN_DATA      stage 1: captions, .json or .jsonl in LLaVA's format (none: no stage 1)
+#   PRETRAIN_DATA      stage 1: captions, .json or .jsonl in LLaVA's format (unset: no stage 1)
 #   PRETRAIN_IMAGES    stage 1: its folder of pictures, or .zip
-#   FINETUNE_DATA      stage 2: instructions (none: no stage 2)
+#   FINETUNE_DATA      stage 2: instructions (unset: no stage 2)
 #   FINETUNE_IMAGES    stage 2: its folder of pictures, or .zip
 #   VALIDATION_DATA    rows to evaluate stage 2 on, pictures in FINETUNE_IMAGES
 #   TRAIN_TYPE         stage 2: freeze_vision (default), full, use_lora
@@ -161,10 +161,10 @@ how_to_go_on() {  # as the user's shell takes it
   echo "run.sh: stopped; to go on: cd $(printf %q "$PWD") && $command" >&2
 }
 
-# What can be seen now of mistakes that would else be noticed after stage 1.
+# Mistakes that would otherwise be noticed only after stage 1.
 check_settings() {
   local name more=${PRETRAIN_IMAGES:-}${FINETUNE_IMAGES:-}${VALIDATION_DATA:-}${TRAIN_TYPE:-}${BITS:-}
-  [ -z "$more" ] || [ -n "$given" ] ||
+  [ -z "$more" ] || [ -n "${PRETRAIN_DATA:-}${FINETUNE_DATA:-}${VISION_TOWER:-}" ] ||  # or it is to build alone
     refuse "pictures, VALIDATION_DATA, TRAIN_TYPE and BITS need PRETRAIN_DATA or FINETUNE_DATA"
   for name in {PRETRAIN,FINETUNE}_{DATA,IMAGES} VALIDATION_DATA HOSTFILE; do
     [[ -z ${!name:-} || -f ${!name} || ($name = *_IMAGES && -d ${!name}) ]] || refuse "$name ${!name}: not there"

@@ -470,7 +470,7 @@ def train(run: Run, args, signals: list) -> int:
         window = next(windows)
         waited = time.perf_counter() - began
         for batch in window:
-            evaluate.use_or_stop(batch["faults"], args.on_bad_record)
+            evaluate.stop_or_skip(batch["faults"], args.on_bad_record)
         asked = bool(signals) or (out / "stop").exists()
         totals = engine.sum(*order.numbers_of(window), asked)
         supervised, tokens, padded, rows, cut, skipped, stopping = totals  # of all ranks

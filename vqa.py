@@ -29,7 +29,7 @@ NUMBERS |= {"five": "5", "six": "6", "seven": "7", "eight": "8", "nine": "9", "t
 
 
 def normalise(answer: str) -> str:
-    """An answer without case, articles, and punctuation other than ' and : and decimal points."""
+    """In lower case, without articles and most punctuation; numbers up to ten as digits."""
     text = answer
     for mark in ';/[]"{}()=+\\_-><@`,?!':
         loose = f"{mark} " in answer or f" {mark}" in answer or re.search("[0-9],[0-9]", answer)

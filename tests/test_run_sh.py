@@ -263,6 +263,7 @@ def test_what_cannot_work_is_refused_in_one_line(shell, tmp_path):
     names = "GPU-8f3c12,GPU-77aa34"
     for words, path, environment in (
         ("TRAIN_TYPE", None, {"TRAIN_TYPE": "use_lora"}),
+        ("need PRETRAIN_DATA", None, {"MODEL": "llava", "TRAIN_TYPE": "use_lora"}),
         ("BITS 9", None, STAGES | {"BITS": "9", "TRAIN_TYPE": "use_lora"}),
         ("BITS 4", None, STAGES | {"BITS": "4"}),
         ("TRAIN_TYPE x", None, STAGES | {"TRAIN_TYPE": "x"}),
