@@ -18,7 +18,7 @@ kind figures of its own; `answers`, ten people's to its only question, gives vqa
     model = open_model(folder)
     text = data.ChatText(llava.open_tokenizer(folder))
     config = llava.read_config(folder)
-    dataset = data.open_dataset("rows.json", "images", folder, config, text, on_bad_record="skip")
+    dataset = data.open_dataset(rows, images, folder, config, text, on_bad_record="skip")
     collate = data.Collator(model.config.image_token_id, model.tokens_per_picture)
     options = dict(eval_samples=-1, max_new_tokens=64, workers=0, on_bad_record="stop")
     metrics, answers = evaluate(
