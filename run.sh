@@ -164,7 +164,7 @@ how_to_go_on() {  # as the user's shell takes it
 # Mistakes that would otherwise be noticed only after stage 1.
 check_settings() {
   local name more=${PRETRAIN_IMAGES:-}${FINETUNE_IMAGES:-}${VALIDATION_DATA:-}${TRAIN_TYPE:-}${BITS:-}
-  [ -z "$more" ] || [ -n "${PRETRAIN_DATA:-}${FINETUNE_DATA:-}${VISION_TOWER:-}" ] ||  # or it is to build alone
+  [ -z "$more" ] || [ -n "${PRETRAIN_DATA:-}${FINETUNE_DATA:-}${VISION_TOWER:-}" ] ||  # or only to build
     refuse "pictures, VALIDATION_DATA, TRAIN_TYPE and BITS need PRETRAIN_DATA or FINETUNE_DATA"
   for name in {PRETRAIN,FINETUNE}_{DATA,IMAGES} VALIDATION_DATA HOSTFILE; do
     [[ -z ${!name:-} || -f ${!name} || ($name = *_IMAGES && -d ${!name}) ]] || refuse "$name ${!name}: not there"
