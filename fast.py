@@ -257,9 +257,14 @@ class CPUAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         rows = max(1, 48 // grad.shape[1])  # many heads at once keep cores busy; more take memory
-        parts = zip(*(x.split(rows) for x in (*ctx.saved_tensors, grad)))
-        parts = [attention_gradients(*part, ctx.scale, ctx.causal) for part in parts]
-        return *map(torch.cat, zip(*parts)), None, None
+        tensors = *ctx.saved_tensors, grad
+        gradients = [torch.empty_like(x) for x in tensors[:3]]  # laid out as q, k and v are
+        for start in range(0, len(grad), rows):
+            here = slice(start, start + rows)
+            some = attention_gradients(*(x[here] for x in tensors), ctx.scale, ctx.causal)
+            for gradient, part in zip(gradients, some):
+                gradient[here] = part  # in its dtype
+        return *gradients, None, None
 
 
 def attention_gradients(q, k, v, log_sum, grad, scale, causal):
@@ -270,17 +275,16 @@ def attention_gradients(q, k, v, log_sum, grad, scale, causal):
     of their exponentials they are near zero where they count, and softmax is the same.
     """
     length, dtype = q.shape[2], at_least_fp32(grad.dtype)
-    # Rows and heads of keys as one, N = B * K: (N, H / K, T, C or 1) and (N, T, C)
-    groups = q.shape[0] * k.shape[1], q.shape[1] // k.shape[1]
-    qs, grads, less = (x.reshape(*groups, length, -1) for x in (q, grad, log_sum))
-    ks, vs = (x.reshape(groups[0], length, -1) for x in (k, v))
+    # (B, K, H / K, T, C or 1) and (B * K, T, C)
+    qs, grads, less = (x.unflatten(1, (k.shape[1], -1)) for x in (q, grad, log_sum[..., None]))
+    ks, vs = (x.flatten(0, 1) for x in (k, v))
     dq, dk, dv = torch.empty_like(qs), *(torch.zeros_like(x, dtype=dtype) for x in (ks, vs))
     queries = 128 if causal else length
     for start in range(0, length, queries):
         here = slice(start, min(start + queries, length))
-        seen = slice(here.stop if causal else length)
-        # (N, H / K * queries, C or 1) and (N, keys, C)
-        qi, gi, less_i = (x[:, :, here].flatten(1, 2) for x in (qs, grads, less))
+        seen = slice(here.stop)
+        # (B * K, H / K * queries, C or 1) and (B * K, keys, C)
+        qi, gi, less_i = (x[..., here, :].flatten(2, 3).flatten(0, 1) for x in (qs, grads, less))
         ki, vi = ks[:, seen], vs[:, seen]
         scores = torch.baddbmm(less_i, qi, ki.mT, beta=-1, alpha=scale)
         if causal:
@@ -288,10 +292,9 @@ def attention_gradients(q, k, v, log_sum, grad, scale, causal):
         weights = scores.softmax(-1)
         dv[:, seen] += weights.mT @ gi
         gi = torch.ops.aten._softmax_backward_data(gi @ vi.mT, weights, -1, weights.dtype)
-        dq[:, :, here] = (gi @ ki).view_as(dq[:, :, here])
+        dq[..., here, :] = (gi @ ki).view_as(dq[..., here, :])
         dk[:, seen] += gi.mT @ qi
-    gradients = dq.mul_(scale), dk.mul_(scale), dv
-    return [x.to(y.dtype).view(y.shape) for x, y in zip(gradients, (q, k, v))]
+    return dq.mul_(scale).flatten(1, 2), dk.mul_(scale).view(k.shape), dv.view(v.shape)
 
 
 def mask_later(scores, start, queries):

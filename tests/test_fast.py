@@ -353,9 +353,11 @@ def test_an_mlp_of_another_activation_stays_as_it_is():
 @pytest.mark.parametrize("length, causal", [(2, True), (128, True), (300, True), (300, False)])
 @pytest.mark.parametrize("kv_heads", [2, 6])
 def test_the_backward_pass_of_attention_is_torchs(length, causal, kv_heads):
-    """Nine rows of six heads: eight rows at a time, in blocks of 128 queries."""
+    """Nine rows of six heads, laid out as in a model: eight rows at a time, and if causal in blocks
+    of 128 queries.
+    """
     q, k, v = (
-        torch.randn(9, heads, length, 8, dtype=torch.float64, requires_grad=True)
+        torch.randn(9, length, heads, 8, dtype=torch.float64).transpose(1, 2).requires_grad_()
         for heads in (6, kv_heads, kv_heads)
     )
     ours = fast.CPUAttention.apply(q, k, v, 0.3, causal)
